@@ -1,0 +1,103 @@
+"""A length distribution for checkpoints that have a value head only.
+
+ln(n + 1/2) is taken as normal around ln(n_hat + 1/2) + shift, with a spread that depends on n_hat; both are fitted on
+validation residuals and stored in the checkpoint (`lenvm.format.Spread`). Put on bins, it is used like the length
+head's distribution everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lenvm.bins import LengthBins
+from lenvm.definitions import decay_nats, length_from_logit
+from lenvm.format import LenvmConfig, Spread
+
+DEFAULT_SPREAD = Spread(log_n_hat=(0.0,), shift=(0.0,), sigma=(0.5,))
+"""Used when a checkpoint carries no fitted spread (such as one converted from elsewhere)."""
+MIN_SIGMA = 0.05
+
+
+def fit_spread(n_hat: Tensor, n: Tensor, knots: int = 12) -> Spread:
+    """Fit shift and spread of ln(n + 1/2) - ln(n_hat + 1/2) as functions of n_hat.
+
+    Args:
+        n_hat: [M] predicted remaining lengths in tokens at validation states of finished completions.
+        n: [M] the true ones.
+        knots: how many groups of equal size the residuals are split into (fewer where data are few).
+
+    Raises:
+        ValueError: if there are fewer than 2 states or the shapes differ.
+    """
+    if n_hat.shape != n.shape or n_hat.numel() < 2:
+        raise ValueError(f"fit_spread needs two equal-sized samples of at least 2 states, got {tuple(n_hat.shape)} and {tuple(n.shape)}.")
+    x = (n_hat.flatten().double() + 0.5).log()
+    residual = (n.flatten().double() + 0.5).log() - x
+    order = x.argsort()
+    x, residual = x[order], residual[order]
+    groups = max(1, min(knots, x.numel() // 20))
+    centres: list[float] = []
+    shifts: list[float] = []
+    sigmas: list[float] = []
+    for part_x, part_r in zip(x.tensor_split(groups), residual.tensor_split(groups), strict=True):
+        centre = part_x.median().item()
+        if centres and centre <= centres[-1]:  # many equal predictions: one knot is enough
+            continue
+        centres.append(centre)
+        shifts.append(part_r.mean().item())
+        sigmas.append(max(MIN_SIGMA, part_r.std(unbiased=False).item()))
+    return Spread(log_n_hat=tuple(centres), shift=tuple(shifts), sigma=tuple(sigmas))
+
+
+def lognormal_bins(gamma: float) -> LengthBins:
+    """Bins for a value-only checkpoint: up to the length at which gamma^n = 1e-5, where the sigmoid is blind."""
+    return _lognormal_bins(gamma)
+
+
+@lru_cache(maxsize=8)
+def _lognormal_bins(gamma: float) -> LengthBins:
+    return LengthBins.for_max_length(max(2, math.ceil(math.log(1e5) / decay_nats(gamma))))
+
+
+def lognormal_log_q(z: Tensor, lenvm: LenvmConfig) -> tuple[Tensor, LengthBins]:
+    """Length distribution around the inverted value.
+
+    Args:
+        z: [...] float value logits.
+        lenvm: gamma and the fitted spread.
+
+    Returns:
+        log_q [..., B] float32 log-probabilities over `lognormal_bins(gamma)`, and those bins.
+    """
+    bins = lognormal_bins(lenvm.gamma)
+    spread = lenvm.spread or DEFAULT_SPREAD
+    x = (length_from_logit(z.double(), lenvm.gamma) + 0.5).log()
+    knots = torch.tensor(spread.log_n_hat, dtype=torch.float64, device=z.device)
+    centre = x + _interpolate(x, knots, spread.shift)
+    sigma = _interpolate(x, knots, spread.sigma)
+    points = bins.centre_tensor.to(z.device)
+    # a bin reaches to half way to its neighbours; n + 1/2 is the coordinate
+    edges = torch.cat([torch.zeros_like(points[:1]), (points[1:] + points[:-1]) / 2, points[-1:] * 1e6]) + 0.5
+    standard = (edges.log() - centre[..., None]) / sigma[..., None]
+    low, high = standard[..., :-1], standard[..., 1:]
+    # log(Phi(high) - Phi(low)), in whichever tail keeps the digits
+    flip = low > 0
+    a = torch.where(flip, torch.special.log_ndtr(-low), torch.special.log_ndtr(high))
+    b = torch.where(flip, torch.special.log_ndtr(-high), torch.special.log_ndtr(low))
+    log_q = a + torch.log(-torch.expm1((b - a).clamp(max=-1e-12)))
+    # what lies below half a token belongs to the first bin
+    return torch.log_softmax(log_q, -1).float(), bins
+
+
+def _interpolate(x: Tensor, knots: Tensor, values: tuple[float, ...]) -> Tensor:
+    """Piecewise linear through (knots, values), constant outside; [...] float64."""
+    v = torch.tensor(values, dtype=torch.float64, device=x.device)
+    if len(values) == 1:
+        return v.expand(x.shape)
+    right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(values) - 1)
+    weight = ((x - knots[right - 1]) / (knots[right] - knots[right - 1])).clamp(0, 1)
+    return torch.lerp(v[right - 1], v[right], weight)
