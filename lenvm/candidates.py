@@ -1,0 +1,119 @@
+"""The candidate set: which next tokens guidance may choose from.
+
+Guidance comes after everything the host does to the logits (penalties, bias, grammar mask). The set is what the
+request's own temperature, top-k, top-p and min-p leave, at most K of it, by probability.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Candidate next tokens of R rows, at most K each, most probable first.
+
+    Attributes:
+        token_ids: [R, K] int64.
+        log_p: [R, K] float32 base log-probabilities, normalised over the row's candidate set; -inf marks an empty slot.
+        is_stop: [R, K] bool, whether the candidate ends the answer.
+    """
+
+    token_ids: Tensor
+    log_p: Tensor
+    is_stop: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """[R, K] bool: slots that hold a candidate."""
+        return self.log_p > -torch.inf
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """The base model's own sampling settings of R rows, all tensors [R].
+
+    Attributes:
+        temperature: float > 0. A greedy request (temperature 0) gives 1 here: its candidates come from the
+            distribution at temperature 1, and the arg max of p' is taken afterwards.
+        top_k: int64; values >= the vocabulary switch it off.
+        top_p: float in (0, 1]; 1 switches it off.
+        min_p: float in [0, 1]; 0 switches it off.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+
+def build_candidates(
+    logits: Tensor,
+    sampling: SamplingRows,
+    stop_token_ids: Tensor,
+    max_candidates: int,
+    ban_stop: Tensor | None = None,
+    force_stop: Tensor | None = None,
+) -> Candidates:
+    """Cut the candidate sets. Does not synchronise with the host.
+
+    Filters act as SGLang's do: temperature, then top-k, top-p over the renormalised rest (the token that crosses the
+    bound is kept), min-p relative to the most probable token; then the `max_candidates` most probable. Ties go to the
+    lower token id.
+
+    Args:
+        logits: [R, V] after penalties, bias and grammar; -inf for forbidden tokens.
+        sampling: the rows' settings.
+        stop_token_ids: [R, S] int64 ids that end a row's answer, padded with -1.
+        max_candidates: K.
+        ban_stop: [R] bool; stop tokens are taken out before the cut (`length_strict` before its bound), unless a
+            row has nothing else, because grammar comes first.
+        force_stop: [R] bool; only stop tokens stay (`length_strict` at its bound), unless none of them is allowed.
+
+    Returns:
+        Candidates of shape [R, min(K, V)].
+    """
+    vocabulary = logits.shape[-1]
+    width = min(max_candidates, vocabulary)
+    scaled = logits.float() / sampling.temperature[:, None]
+    is_stop_token = _stop_mask(stop_token_ids, vocabulary)
+    allowed = scaled > -torch.inf
+    forced = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
+    if ban_stop is not None:
+        rest = allowed & ~is_stop_token
+        use = (ban_stop & rest.any(-1))[:, None]
+        scaled = scaled.masked_fill(use & is_stop_token, -torch.inf)
+    if force_stop is not None:
+        stops = allowed & is_stop_token
+        forced = force_stop & stops.any(-1)
+        scaled = scaled.masked_fill(forced[:, None] & ~is_stop_token, -torch.inf)
+
+    # `stable` makes the lower token id win a tie, whatever the device's sorting network does
+    probabilities = torch.softmax(scaled, dim=-1)
+    sorted_p, order = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+    rank = torch.arange(vocabulary, device=logits.device)
+    keep = sorted_p > 0
+    keep &= rank < sampling.top_k[:, None]
+    within_k = sorted_p * keep
+    mass_before = within_k.cumsum(-1) - within_k
+    keep &= mass_before <= sampling.top_p[:, None] * within_k.sum(-1, keepdim=True)
+    keep &= sorted_p >= sampling.min_p[:, None] * sorted_p[:, :1]
+    keep &= rank < width
+    keep[:, 0] = True  # a row always has a candidate, even if its logits hold NaN
+
+    token_ids = order[:, :width]
+    log_p = torch.where(keep[:, :width], sorted_p[:, :width].log(), -torch.inf)
+    log_p = torch.log_softmax(log_p, dim=-1)
+    is_stop = is_stop_token.gather(-1, token_ids)
+    return Candidates(token_ids=token_ids, log_p=log_p, is_stop=is_stop)
+
+
+def _stop_mask(stop_token_ids: Tensor, vocabulary: int) -> Tensor:
+    """[R, V] bool from padded ids."""
+    rows = stop_token_ids.shape[0]
+    mask = torch.zeros(rows, vocabulary + 1, dtype=torch.bool, device=stop_token_ids.device)
+    inside = (stop_token_ids >= 0) & (stop_token_ids < vocabulary)
+    return mask.scatter_(1, torch.where(inside, stop_token_ids, vocabulary), True)[:, :vocabulary]

@@ -1,0 +1,259 @@
+"""The guidance rules: p'(x) over a candidate set, from base log-probabilities and the scores of the next states.
+
+Plain torch, batched over rows that may each follow another rule; the oracle for anything faster. Notation: T target,
+t tokens already emitted, m = T - t - 1 tokens that a candidate should leave, u = 1 - gamma^n = sigmoid(z). A stop
+token leaves exactly 0 tokens, whatever the network says.
+
+Sign of tilting: **beta < 0 is shorter, beta > 0 longer**. (With V = -sigmoid(z), the paper's Eq. 12 taken literally
+has it the other way round, against its own text.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from lenvm.bins import LengthBins
+from lenvm.candidates import Candidates
+from lenvm.definitions import decay_nats, length_from_logit
+from lenvm.format import LenvmConfig
+from lenvm.lognormal import lognormal_log_q
+
+FLOOR = 1e-30
+"""Added to a posterior weight: a candidate the model calls impossible keeps a trace."""
+OVERRUN_TOKENS = 3.0
+"""Past the bound every further token costs a factor exp(-1/3): the shortest ending that still reads well."""
+MIN_TOLERANCE_TOKENS = 0.7
+_TILT_STEPS = 80
+_TILT_LIMIT = 1e6
+
+
+class Mode(IntEnum):
+    """`length_mode`."""
+
+    EQUAL_TO = 0
+    AT_MOST = 1
+    AT_LEAST = 2
+
+
+class Control(IntEnum):
+    """`length_control`; NONE scores a row without steering it, BIAS is `length_bias`."""
+
+    NONE = 0
+    POSTERIOR = 1
+    HARD = 2
+    SOFT = 3
+    BIAS = 4
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the length value model says of the state after each candidate.
+
+    Attributes:
+        z: [R, K] float32 value logit.
+        length_log_q: [R, K, B] float32 log-probabilities over the checkpoint's bins; None if it has no length head.
+    """
+
+    z: Tensor
+    length_log_q: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GuidanceRows:
+    """What R rows ask for; all tensors [R].
+
+    Attributes:
+        mode: int64 `Mode`.
+        control: int64 `Control`.
+        target: int64 T, tokens, stop token included (ignored by NONE and BIAS).
+        emitted: int64 t, tokens already emitted.
+        sharpness: float32 exponent a of the posterior.
+        tolerance: float32 in [0, 1), relative width of the posterior's kernel in `equal_to`.
+        strict: bool `length_strict`.
+        bias: float32 beta of exponential tilting.
+    """
+
+    mode: Tensor
+    control: Tensor
+    target: Tensor
+    emitted: Tensor
+    sharpness: Tensor
+    tolerance: Tensor
+    strict: Tensor
+    bias: Tensor
+
+    @property
+    def left(self) -> Tensor:
+        """m = T - t - 1 [R] int64: the tokens a candidate should leave; negative past the bound."""
+        return self.target - self.emitted - 1
+
+    def select(self, index: Tensor) -> GuidanceRows:
+        """The rows of an index or mask."""
+        return GuidanceRows(**{name: value[index] for name, value in vars(self).items()})
+
+
+def strict_bounds(rows: GuidanceRows) -> tuple[Tensor, Tensor]:
+    """What `length_strict` does to the stop tokens *before* candidates are cut.
+
+    Returns:
+        ban_stop [R] bool: stopping now would be too short (equal_to, at_least).
+        force_stop [R] bool: only stopping now keeps the bound (equal_to, at_most).
+    """
+    targeted = rows.strict & (rows.control != Control.NONE) & (rows.control != Control.BIAS)
+    ban = targeted & (rows.mode != Mode.AT_MOST) & (rows.left > 0)
+    force = targeted & (rows.mode != Mode.AT_LEAST) & (rows.left <= 0)
+    return ban, force
+
+
+def guide(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:
+    """log p' of each candidate, normalised; -inf in empty slots and for candidates a rule excludes.
+
+    A row whose result is not a distribution (NaN scores, every candidate excluded) keeps p.
+
+    Args:
+        candidates: the sets, from `build_candidates` (with `strict_bounds` applied there).
+        scores: of the states after each candidate; entries of stop tokens and empty slots are not read.
+        rows: what each row asks for.
+        lenvm: gamma, bins and spread of the checkpoint.
+
+    Returns:
+        [R, K] float32. Does not synchronise with the host.
+    """
+    log_p = candidates.log_p
+    result = log_p
+    for control, rule in RULES.items():
+        chosen = (rows.control == control)[:, None]
+        result = torch.where(chosen, rule(candidates, scores, rows, lenvm), result)
+    result = result.masked_fill(~candidates.kept, -torch.inf)
+    total = torch.logsumexp(result, dim=-1, keepdim=True)
+    return torch.where(total.isfinite(), result - total, log_p)
+
+
+def predicted_lengths(candidates: Candidates, scores: Scores, lenvm: LenvmConfig) -> Tensor:
+    """Predicted remaining length after each candidate, [R, K] float32 tokens: E[n] of the length distribution, or the
+    inverted value; 0 for a stop token."""
+    if scores.length_log_q is not None:
+        n = lenvm.length_bins.expected(scores.length_log_q)
+    else:
+        n = length_from_logit(scores.z, lenvm.gamma)
+    return n.masked_fill(candidates.is_stop, 0.0)
+
+
+def posterior(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:
+    """Posterior control: p'(x) ~ p(x) (w(x) + floor)^a with w(x) = sum_n q(n | s+x) K(n), w(stop) = K(0).
+
+    The base model conditioned on the length. If every weight of a row vanishes, p is kept.
+    """
+    if scores.length_log_q is not None:
+        log_q, bins = scores.length_log_q, lenvm.length_bins
+    else:
+        log_q, bins = lognormal_log_q(scores.z, lenvm)
+    kernel = length_kernel(rows, bins)  # [R, N + 1]
+    per_bin = kernel @ bins.decode_matrix().to(log_q.device).T  # [R, B]
+    weight = torch.einsum("rkb,rb->rk", log_q.exp(), per_bin)
+    weight = torch.where(candidates.is_stop, kernel[:, :1], weight).masked_fill(~candidates.kept, 0.0)
+    alive = weight.amax(-1, keepdim=True) > FLOOR
+    tilted = candidates.log_p + rows.sharpness[:, None] * (weight + FLOOR).log()
+    return torch.where(alive, tilted, candidates.log_p)
+
+
+def length_kernel(rows: GuidanceRows, bins: LengthBins) -> Tensor:
+    """K(n), n = 0..N, of each row, [R, N + 1] float32, N the longest centre.
+
+    equal_to: [n = m], or exp(-|n - m| / max(0.7, tolerance m)) with a tolerance; at_most: [n <= m]; at_least:
+    [n >= m]. Past the bound (m < 0): exp(-n/3), and 1 for at_least. A target beyond the longest trained length counts
+    as the longest.
+    """
+    n = torch.arange(bins.longest + 1, device=rows.target.device)[None, :]
+    left = rows.left[:, None]
+    m = left.clamp(0, bins.longest)
+    width = (rows.tolerance[:, None] * m).clamp(min=MIN_TOLERANCE_TOKENS)
+    distance = (n - m).abs().float()
+    exact = torch.where(rows.tolerance[:, None] > 0, torch.exp(-distance / width), (distance == 0).float())
+    at_most, at_least = (n <= m).float(), (n >= m).float()
+    mode = rows.mode[:, None]
+    kernel = torch.where(mode == Mode.AT_MOST, at_most, torch.where(mode == Mode.AT_LEAST, at_least, exact))
+    past = torch.where(mode == Mode.AT_LEAST, torch.ones_like(kernel), torch.exp(-n.float() / OVERRUN_TOKENS))
+    return torch.where(left < 0, past, kernel)
+
+
+def hard(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:
+    """The paper's rule (section 3.2): one candidate is taken, whatever p says of it.
+
+    equal_to: the smallest |V - V*| (in value space, where gamma decides how far tokens count); at_most: arg max V;
+    at_least: arg min V while the bound is not reached, the base model afterwards. Ties: base probability, then the
+    lower token id.
+    """
+    decay = decay_nats(lenvm.gamma)
+    one_minus_u = torch.where(candidates.is_stop, 1.0, torch.sigmoid(-scores.z.float()))
+    wanted = torch.exp(-rows.left.clamp(min=0).float() * decay)[:, None]
+    mode = rows.mode[:, None]
+    # one_minus_u = 1 + V, so larger is shorter
+    cost = torch.where(mode == Mode.AT_MOST, -one_minus_u, torch.where(mode == Mode.AT_LEAST, one_minus_u, (one_minus_u - wanted).abs()))
+    cost = cost.masked_fill(~candidates.kept, torch.inf)
+    choice = _first_by(cost, -candidates.log_p, candidates.token_ids)
+    picked = torch.full_like(candidates.log_p, -torch.inf).scatter_(-1, choice[:, None], 0.0)
+    picked = torch.where(cost.isnan().any(-1, keepdim=True), torch.nan, picked)
+    released = (mode == Mode.AT_LEAST) & (rows.left <= 0)[:, None]
+    return torch.where(released, candidates.log_p, picked)
+
+
+def soft(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:
+    """Tilt so that the expected value meets the target: p' ~ p exp(beta u) with E_p'[u] = 1 - gamma^m.
+
+    at_most and at_least tilt only if the base misses the bound in expectation. A target outside the candidates' range
+    takes the nearest of them. beta by bisection in float64, which cannot diverge.
+    """
+    u = _u(candidates, scores).double().masked_fill(~candidates.kept, 0.0)
+    log_p = candidates.log_p.double()
+    wanted = -torch.expm1(-rows.left.clamp(min=0).double() * decay_nats(lenvm.gamma))[:, None]
+
+    def expectation(beta: Tensor) -> Tensor:
+        return (torch.softmax(log_p + beta * u, -1) * u).sum(-1, keepdim=True)
+
+    low = torch.full_like(wanted, -_TILT_LIMIT)
+    high = torch.full_like(wanted, _TILT_LIMIT)
+    for _ in range(_TILT_STEPS):
+        middle = (low + high) / 2
+        too_short = expectation(middle) < wanted
+        low, high = torch.where(too_short, middle, low), torch.where(too_short, high, middle)
+    beta = (low + high) / 2
+    base = expectation(torch.zeros_like(wanted))
+    mode = rows.mode[:, None]
+    satisfied = ((mode == Mode.AT_MOST) & (base <= wanted)) | ((mode == Mode.AT_LEAST) & (base >= wanted))
+    beta = torch.where(satisfied, 0.0, beta)
+    return torch.log_softmax(log_p + beta * u, -1).float()
+
+
+def exponential_tilt(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:
+    """Exponential tilting (Eq. 11-12, section 3.3): p'(x) ~ p(x) exp(beta u(x)), u = 1 - gamma^n; beta < 0 is shorter."""
+    return candidates.log_p + rows.bias[:, None] * _u(candidates, scores)
+
+
+def _u(candidates: Candidates, scores: Scores) -> Tensor:
+    """u = sigmoid(z) = 1 - gamma^n_hat, [R, K] float32; 0 for a stop token."""
+    return torch.sigmoid(scores.z.float()).masked_fill(candidates.is_stop, 0.0)
+
+
+def _first_by(*keys: Tensor) -> Tensor:
+    """[R] slot of the lexicographically smallest (key0, key1, ...) in each row."""
+    alive = torch.ones_like(keys[0], dtype=torch.bool)
+    for key in keys:
+        values = key.double().masked_fill(~alive, torch.inf)
+        alive = alive & (values == values.amin(-1, keepdim=True))
+    return alive.int().argmax(-1)
+
+
+Rule = Callable[[Candidates, Scores, GuidanceRows, LenvmConfig], Tensor]
+RULES: dict[Control, Rule] = {
+    Control.POSTERIOR: posterior,
+    Control.HARD: hard,
+    Control.SOFT: soft,
+    Control.BIAS: exponential_tilt,
+}
+"""Every rule, by what the request calls it: a function of (log p, scores, row parameters)."""
