@@ -54,10 +54,10 @@ class LengthBins:
             centres.append(min(round(x), longest))
         return cls(tuple(centres))
 
-    @classmethod
-    def from_list(cls, centres: Sequence[float]) -> LengthBins:
-        """Bins from a checkpoint's list."""
-        return cls(tuple(int(c) if int(c) == c else c for c in centres))  # type: ignore[misc]
+    @staticmethod
+    def cached(centres: Sequence[int]) -> LengthBins:
+        """The bins of these centres; equal centres share one object and its tables."""
+        return _cached_bins(tuple(centres))
 
     def __len__(self) -> int:
         return len(self.centres)
@@ -164,6 +164,11 @@ class LengthBins:
         dec = self.decode_matrix().double()
         tail = dec.flip(1).cumsum(1).flip(1).clamp(0.0, 1.0)
         return tail.T.contiguous().float()
+
+
+@lru_cache(maxsize=8)
+def _cached_bins(centres: tuple[int, ...]) -> LengthBins:
+    return LengthBins(centres)
 
 
 @lru_cache(maxsize=8)

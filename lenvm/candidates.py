@@ -57,12 +57,13 @@ def build_candidates(
     max_candidates: int,
     ban_stop: Tensor | None = None,
     force_stop: Tensor | None = None,
+    reach: int | None = None,
 ) -> Candidates:
     """Cut the candidate sets. Does not synchronise with the host.
 
     Filters act as SGLang's do: temperature, then top-k, top-p over the renormalised rest (the token that crosses the
     bound is kept), min-p relative to the most probable token; then the `max_candidates` most probable. Ties go to the
-    lower token id.
+    lower token id (with a `reach`, which of several equal tokens at its end get in is the device's choice).
 
     Args:
         logits: [R, V] after penalties, bias and grammar; -inf for forbidden tokens.
@@ -72,6 +73,9 @@ def build_candidates(
         ban_stop: [R] bool; stop tokens are taken out before the cut (`length_strict` before its bound), unless a
             row has nothing else, because grammar comes first.
         force_stop: [R] bool; only stop tokens stay (`length_strict` at its bound), unless none of them is allowed.
+        reach: how many of the most probable tokens need to be ordered: at least the largest top_k that is on, where
+            the host knows it. Default all of them. The result is the same; a small reach avoids sorting the
+            vocabulary.
 
     Returns:
         Candidates of shape [R, min(K, V)].
@@ -81,7 +85,6 @@ def build_candidates(
     scaled = logits.float() / sampling.temperature[:, None]
     is_stop_token = _stop_mask(stop_token_ids, vocabulary)
     allowed = scaled > -torch.inf
-    forced = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
     if ban_stop is not None:
         rest = allowed & ~is_stop_token
         use = (ban_stop & rest.any(-1))[:, None]
@@ -91,15 +94,20 @@ def build_candidates(
         forced = force_stop & stops.any(-1)
         scaled = scaled.masked_fill(forced[:, None] & ~is_stop_token, -torch.inf)
 
-    # `stable` makes the lower token id win a tie, whatever the device's sorting network does
+    reach = vocabulary if reach is None else min(max(reach, width), vocabulary)
     probabilities = torch.softmax(scaled, dim=-1)
-    sorted_p, order = torch.sort(probabilities, dim=-1, descending=True, stable=True)
-    rank = torch.arange(vocabulary, device=logits.device)
+    _, order = torch.topk(probabilities, reach, dim=-1)
+    # first by id, then stably by probability: the lower token id wins a tie, whatever the device's top-k does
+    order = order.sort(dim=-1).values
+    sorted_p, by_p = torch.sort(probabilities.gather(-1, order), dim=-1, descending=True, stable=True)
+    order = order.gather(-1, by_p)
+    rank = torch.arange(reach, device=logits.device)
     keep = sorted_p > 0
     keep &= rank < sampling.top_k[:, None]
     within_k = sorted_p * keep
+    total = torch.where(sampling.top_k >= vocabulary, torch.ones_like(within_k[:, 0]), within_k.sum(-1))
     mass_before = within_k.cumsum(-1) - within_k
-    keep &= mass_before <= sampling.top_p[:, None] * within_k.sum(-1, keepdim=True)
+    keep &= mass_before <= (sampling.top_p * total)[:, None]
     keep &= sorted_p >= sampling.min_p[:, None] * sorted_p[:, :1]
     keep &= rank < width
     keep[:, 0] = True  # a row always has a candidate, even if its logits hold NaN

@@ -82,7 +82,7 @@ class LenvmConfig(BaseModel):
         """
         if not self.bins:
             raise LenvmFormatError("this checkpoint has a value head only, it carries no length distribution.")
-        return LengthBins(self.bins)
+        return LengthBins.cached(self.bins)
 
     def to_json(self) -> dict[str, Any]:
         """What goes into config.json."""

@@ -10,7 +10,7 @@ has it the other way round, against its own text.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -110,7 +110,13 @@ def strict_bounds(rows: GuidanceRows) -> tuple[Tensor, Tensor]:
     return ban, force
 
 
-def guide(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:
+def guide(
+    candidates: Candidates,
+    scores: Scores,
+    rows: GuidanceRows,
+    lenvm: LenvmConfig,
+    present: Collection[Control] | None = None,
+) -> Tensor:
     """log p' of each candidate, normalised; -inf in empty slots and for candidates a rule excludes.
 
     A row whose result is not a distribution (NaN scores, every candidate excluded) keeps p.
@@ -120,6 +126,7 @@ def guide(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: Len
         scores: of the states after each candidate; entries of stop tokens and empty slots are not read.
         rows: what each row asks for.
         lenvm: gamma, bins and spread of the checkpoint.
+        present: the controls that occur in `rows`, where the host knows them: the other rules are not computed.
 
     Returns:
         [R, K] float32. Does not synchronise with the host.
@@ -127,6 +134,8 @@ def guide(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: Len
     log_p = candidates.log_p
     result = log_p
     for control, rule in RULES.items():
+        if present is not None and control not in present:
+            continue
         chosen = (rows.control == control)[:, None]
         result = torch.where(chosen, rule(candidates, scores, rows, lenvm), result)
     result = result.masked_fill(~candidates.kept, -torch.inf)
@@ -194,7 +203,8 @@ def hard(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: Lenv
     wanted = torch.exp(-rows.left.clamp(min=0).float() * decay)[:, None]
     mode = rows.mode[:, None]
     # one_minus_u = 1 + V, so larger is shorter
-    cost = torch.where(mode == Mode.AT_MOST, -one_minus_u, torch.where(mode == Mode.AT_LEAST, one_minus_u, (one_minus_u - wanted).abs()))
+    nearest = (one_minus_u - wanted).abs()
+    cost = torch.where(mode == Mode.AT_MOST, -one_minus_u, torch.where(mode == Mode.AT_LEAST, one_minus_u, nearest))
     cost = cost.masked_fill(~candidates.kept, torch.inf)
     choice = _first_by(cost, -candidates.log_p, candidates.token_ids)
     picked = torch.full_like(candidates.log_p, -torch.inf).scatter_(-1, choice[:, None], 0.0)

@@ -34,7 +34,10 @@ def fit_spread(n_hat: Tensor, n: Tensor, knots: int = 12) -> Spread:
         ValueError: if there are fewer than 2 states or the shapes differ.
     """
     if n_hat.shape != n.shape or n_hat.numel() < 2:
-        raise ValueError(f"fit_spread needs two equal-sized samples of at least 2 states, got {tuple(n_hat.shape)} and {tuple(n.shape)}.")
+        raise ValueError(
+            "fit_spread needs two equal-sized samples of at least 2 states, "
+            f"got {tuple(n_hat.shape)} and {tuple(n.shape)}."
+        )
     x = (n_hat.flatten().double() + 0.5).log()
     residual = (n.flatten().double() + 0.5).log() - x
     order = x.argsort()
