@@ -1,0 +1,86 @@
+"""Candidate cut against a row-by-row reference."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from lenvm.candidates import SamplingRows, build_candidates
+
+VOCABULARY = 40
+
+
+def reference(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, limit: int) -> dict[int, float]:
+    weights = [math.exp(x / temperature) if x > -math.inf else 0.0 for x in logits]
+    total = sum(weights)
+    ranked = sorted(((w / total, i) for i, w in enumerate(weights) if w > 0), key=lambda pair: (-pair[0], pair[1]))[:top_k]
+    mass = sum(p for p, _ in ranked)
+    kept, before = [], 0.0
+    for p, i in ranked:
+        if before <= top_p * mass and p >= min_p * ranked[0][0]:
+            kept.append((p, i))
+        before += p
+    kept = kept[:limit]
+    mass = sum(p for p, _ in kept)
+    return {i: p / mass for p, i in kept}
+
+
+def settings_of(rows: list[tuple[float, int, float, float]]) -> SamplingRows:
+    t, k, p, m = zip(*rows, strict=True)
+    return SamplingRows(torch.tensor(t), torch.tensor(k), torch.tensor(p), torch.tensor(m))
+
+
+@pytest.mark.parametrize("reach", [None, 20])
+def test_against_the_reference(reach: int | None) -> None:
+    rng = random.Random(3)
+    rows, logits = [], []
+    for _ in range(200):
+        rows.append((rng.choice([0.5, 1.0, 1.7]), rng.choice([1, 5, 20, VOCABULARY]), rng.choice([0.3, 0.9, 1.0]), rng.choice([0.0, 0.05, 0.5])))
+        logits.append([rng.gauss(0, 2) if rng.random() < 0.8 else -math.inf for _ in range(VOCABULARY)])
+        logits[-1][rng.randrange(VOCABULARY)] = 0.0
+    got = build_candidates(torch.tensor(logits), settings_of(rows), torch.tensor([[2, -1]]).expand(200, -1), 8, reach=reach)
+    for r, row in enumerate(rows):
+        expected = reference(logits[r], *row, 8)
+        kept = got.kept[r]
+        assert got.token_ids[r][kept].tolist() == list(expected)
+        assert got.log_p[r][kept].exp().tolist() == pytest.approx(list(expected.values()), rel=1e-4)
+        assert got.is_stop[r].tolist() == [i == 2 for i in got.token_ids[r].tolist()]
+
+
+def cut(logits: list[float], **bounds: bool) -> dict[int, float]:
+    given = {name: torch.tensor([value]) for name, value in bounds.items()}
+    out = build_candidates(torch.tensor([logits]), settings_of([(1.0, 99, 1.0, 0.0)]), torch.tensor([[1, 3]]), 3, **given)
+    kept = out.kept[0]
+    return dict(zip(out.token_ids[0][kept].tolist(), out.log_p[0][kept].exp().tolist(), strict=True))
+
+
+def test_ties_go_to_the_lower_id() -> None:
+    assert list(cut([0.0, 0.0, 0.0, 0.0, 0.0])) == [0, 1, 2]
+
+
+def test_banned_and_forced_stops() -> None:
+    logits = [1.0, 5.0, 0.5, 4.0, 0.2]
+    assert list(cut(logits, ban_stop=True)) == [0, 2, 4]
+    assert list(cut(logits, force_stop=True)) == [1, 3]
+    assert sum(cut(logits, force_stop=True).values()) == pytest.approx(1.0)
+
+
+def test_grammar_comes_before_strict() -> None:
+    """Only stop tokens allowed: a ban cannot hold. No stop token allowed: a force cannot."""
+    no = -math.inf
+    assert list(cut([no, 1.0, no, no, no], ban_stop=True)) == [1]
+    assert list(cut([1.0, no, 0.0, no, no], force_stop=True)) == [0, 2]
+
+
+def test_a_forced_stop_is_found_outside_the_top_k() -> None:
+    logits = [9.0, -50.0, 8.0, -60.0, 7.0]
+    assert list(cut(logits, force_stop=True)) == [1, 3]
+
+
+def test_a_vocabulary_smaller_than_k() -> None:
+    out = build_candidates(torch.zeros(1, 4), settings_of([(1.0, 99, 1.0, 0.0)]), torch.tensor([[-1]]), 16)
+    assert out.token_ids.shape == (1, 4)
+    assert not out.is_stop.any()
