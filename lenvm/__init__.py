@@ -20,7 +20,16 @@ _HOMES = {
     "LengthRequest": "lenvm.request",
     "LengthFieldError": "lenvm.request",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "LengthBins",
+    "LengthFieldError",
+    "LengthRequest",
+    "LengthValueModel",
+    "LengthValueOutput",
+    "LenvmConfig",
+    "LenvmFormatError",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from lenvm.bins import LengthBins

@@ -110,7 +110,7 @@ def gamma_from_lengths(lengths: Iterable[float], quantile: float = 0.99, residua
 
 
 def td_residual(values: Tensor, gamma: float) -> Tensor:
-    """TD residual of each generated token, delta_t = r_t + gamma V(s_{t+1}) - V(s_t) with r_t = -(1 - gamma), Eq. 1 and 3.
+    """TD residual of each generated token, delta_t = r_t + gamma V(s_{t+1}) - V(s_t), r_t = -(1 - gamma), Eq. 1 and 3.
 
     Negative: the token made the answer longer than the state before it expected; positive: shorter.
 

@@ -241,7 +241,7 @@ def soft(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: Lenv
 
 
 def exponential_tilt(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:
-    """Exponential tilting (Eq. 11-12, section 3.3): p'(x) ~ p(x) exp(beta u(x)), u = 1 - gamma^n; beta < 0 is shorter."""
+    """Exponential tilting (Eq. 11-12, section 3.3): p'(x) ~ p(x) exp(beta u(x)); beta < 0 is shorter."""
     return candidates.log_p + rows.bias[:, None] * _u(candidates, scores)
 
 

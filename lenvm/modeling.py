@@ -8,7 +8,7 @@ resume, sharding, PEFT, quantisation and export work as they do for any model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -175,7 +175,7 @@ def prepare_config(config: PretrainedConfig, lenvm: LenvmConfig) -> PretrainedCo
     return config
 
 
-def backbone_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+def backbone_class(config: PretrainedConfig) -> Any:
     """The causal class a config belongs to: image-text-to-text for VLMs, causal LM otherwise.
 
     Raises:
@@ -196,7 +196,7 @@ def backbone_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 _INHERITED = ("_checkpoint_conversion_mapping", "config_class", "config", "input_modalities", "accepts_loss_kwargs")
 
 
-@lru_cache(maxsize=None)
+@cache
 def value_class(causal: type[PreTrainedModel]) -> Any:
     """`Qwen2ForCausalLM` -> `Qwen2ForLengthValue(LengthValueModel, Qwen2PreTrainedModel, GenerationMixin)`.
 
@@ -204,7 +204,9 @@ def value_class(causal: type[PreTrainedModel]) -> Any:
     carries the stop token ids; a length value model is never asked to generate.
     """
     parent = next(b for b in causal.__mro__[1:] if issubclass(b, PreTrainedModel) and b is not PreTrainedModel)
-    stem = causal.__name__.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration").removesuffix("LMHeadModel")
+    stem = (
+        causal.__name__.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration").removesuffix("LMHeadModel")
+    )
     namespace: dict[str, Any] = {
         "base_model_prefix": "model",
         "_tied_weights_keys": None,

@@ -118,10 +118,14 @@ class LengthRequest:
         if "length_target" not in given:
             for name in _NEED_TARGET:
                 if name in given:
-                    raise LengthFieldError(name, f"{name} needs length_target; send length_target as well, or drop {name}.")
+                    raise LengthFieldError(
+                        name, f"{name} needs length_target; send length_target as well, or drop {name}."
+                    )
         return_values = _boolean(given, "return_length_values")
         if "length_bias" in given:
-            bias = _number(given, "length_bias", f"a finite number of magnitude at most {MAX_BIAS:g} (negative is shorter)")
+            bias = _number(
+                given, "length_bias", f"a finite number of magnitude at most {MAX_BIAS:g} (negative is shorter)"
+            )
             if abs(bias) > MAX_BIAS:
                 raise _wrong("length_bias", bias, f"a number between -{MAX_BIAS:g} and {MAX_BIAS:g}")
             return cls(bias=bias, return_values=return_values)
@@ -138,7 +142,8 @@ class LengthRequest:
             allowed = f"a number above 0, at most {MAX_SHARPNESS:g}"
             if control != "posterior":
                 raise LengthFieldError(
-                    "length_sharpness", f"length_sharpness belongs to length_control 'posterior', not to {control!r}; drop it."
+                    "length_sharpness",
+                    f"length_sharpness belongs to length_control 'posterior', not to {control!r}; drop it.",
                 )
             sharpness = _number(given, "length_sharpness", allowed)
             if not 0 < sharpness <= MAX_SHARPNESS:

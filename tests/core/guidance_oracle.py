@@ -68,7 +68,10 @@ def posterior(candidates: list[Candidate], ask: Ask, bins: LengthBins, pmf: list
             weights.append(kernel(ask, 0, bins.longest))
         else:
             weights.append(
-                sum(q * sum(pmf[b][n] * kernel(ask, n, bins.longest) for n in range(bins.longest + 1)) for b, q in enumerate(c.q))
+                sum(
+                    q * sum(pmf[b][n] * kernel(ask, n, bins.longest) for n in range(bins.longest + 1))
+                    for b, q in enumerate(c.q)
+                )
             )
     if max(weights) <= 1e-30:
         return normalise([c.p for c in candidates])

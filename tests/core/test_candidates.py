@@ -13,10 +13,14 @@ from lenvm.candidates import SamplingRows, build_candidates
 VOCABULARY = 40
 
 
-def reference(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, limit: int) -> dict[int, float]:
+def reference(
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, limit: int
+) -> dict[int, float]:
     weights = [math.exp(x / temperature) if x > -math.inf else 0.0 for x in logits]
     total = sum(weights)
-    ranked = sorted(((w / total, i) for i, w in enumerate(weights) if w > 0), key=lambda pair: (-pair[0], pair[1]))[:top_k]
+    ranked = sorted(((w / total, i) for i, w in enumerate(weights) if w > 0), key=lambda pair: (-pair[0], pair[1]))[
+        :top_k
+    ]
     mass = sum(p for p, _ in ranked)
     kept, before = [], 0.0
     for p, i in ranked:
@@ -38,10 +42,19 @@ def test_against_the_reference(reach: int | None) -> None:
     rng = random.Random(3)
     rows, logits = [], []
     for _ in range(200):
-        rows.append((rng.choice([0.5, 1.0, 1.7]), rng.choice([1, 5, 20, VOCABULARY]), rng.choice([0.3, 0.9, 1.0]), rng.choice([0.0, 0.05, 0.5])))
+        rows.append(
+            (
+                rng.choice([0.5, 1.0, 1.7]),
+                rng.choice([1, 5, 20, VOCABULARY]),
+                rng.choice([0.3, 0.9, 1.0]),
+                rng.choice([0.0, 0.05, 0.5]),
+            )
+        )
         logits.append([rng.gauss(0, 2) if rng.random() < 0.8 else -math.inf for _ in range(VOCABULARY)])
         logits[-1][rng.randrange(VOCABULARY)] = 0.0
-    got = build_candidates(torch.tensor(logits), settings_of(rows), torch.tensor([[2, -1]]).expand(200, -1), 8, reach=reach)
+    got = build_candidates(
+        torch.tensor(logits), settings_of(rows), torch.tensor([[2, -1]]).expand(200, -1), 8, reach=reach
+    )
     for r, row in enumerate(rows):
         expected = reference(logits[r], *row, 8)
         kept = got.kept[r]
@@ -52,7 +65,9 @@ def test_against_the_reference(reach: int | None) -> None:
 
 def cut(logits: list[float], **bounds: bool) -> dict[int, float]:
     given = {name: torch.tensor([value]) for name, value in bounds.items()}
-    out = build_candidates(torch.tensor([logits]), settings_of([(1.0, 99, 1.0, 0.0)]), torch.tensor([[1, 3]]), 3, **given)
+    out = build_candidates(
+        torch.tensor([logits]), settings_of([(1.0, 99, 1.0, 0.0)]), torch.tensor([[1, 3]]), 3, **given
+    )
     kept = out.kept[0]
     return dict(zip(out.token_ids[0][kept].tolist(), out.log_p[0][kept].exp().tolist(), strict=True))
 

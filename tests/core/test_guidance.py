@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -137,7 +138,9 @@ def test_rows_do_not_see_each_other(seed: int) -> None:
 def uniform_rows(control: Control, mode: Mode, count: int = 1, **values: float) -> GuidanceRows:
     fill = {"target": 10, "emitted": 0, "sharpness": 1.0, "tolerance": 0.0, "strict": False, "bias": 0.0, **values}
     dtypes = {"target": torch.int64, "emitted": torch.int64, "strict": torch.bool}
-    tensors_ = {name: torch.full((count,), value, dtype=dtypes.get(name, torch.float32)) for name, value in fill.items()}
+    tensors_ = {
+        name: torch.full((count,), value, dtype=dtypes.get(name, torch.float32)) for name, value in fill.items()
+    }
     return GuidanceRows(mode=torch.full((count,), int(mode)), control=torch.full((count,), int(control)), **tensors_)
 
 
@@ -194,7 +197,7 @@ def test_expected_length_grows_with_bias(seed: int) -> None:
     for bias in (-20.0, -2.0, 0.0, 3.0, 30.0):
         p = guide(candidates, scores, uniform_rows(Control.BIAS, Mode.EQUAL_TO, bias=bias), LENVM).exp()
         means.append((p * u.nan_to_num()).sum().item())
-    assert all(b >= a - 1e-6 for a, b in zip(means, means[1:], strict=False))
+    assert all(b >= a - 1e-6 for a, b in pairwise(means))
     assert (lengths.masked_select(candidates.is_stop) == 0).all()
 
 
@@ -203,7 +206,9 @@ def test_all_weights_vanishing_keeps_the_base() -> None:
     candidates, _ = two_candidates(5, 60)
     log_q = torch.full((1, 2, len(BINS)), -torch.inf)
     log_q[..., -1] = 0.0
-    out = guide(candidates, Scores(torch.zeros(1, 2), log_q), uniform_rows(Control.POSTERIOR, Mode.AT_MOST, target=5), LENVM)
+    out = guide(
+        candidates, Scores(torch.zeros(1, 2), log_q), uniform_rows(Control.POSTERIOR, Mode.AT_MOST, target=5), LENVM
+    )
     assert torch.allclose(out, candidates.log_p)
 
 

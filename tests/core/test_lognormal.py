@@ -1,6 +1,7 @@
 """The log-normal stand-in for a length head."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_distribution_against_the_normal_cdf() -> None:
         centre, sigma = x + 0.1 + w * (-0.2 - 0.1), 0.3 + w * 0.3
         edges = [0.5, *((a + b) / 2 + 0.5 for a, b in zip(bins.centres, bins.centres[1:], strict=False)), math.inf]
         edges[-1] = bins.longest * 1e6
-        mass = [cdf((math.log(b) - centre) / sigma) - cdf((math.log(a) - centre) / sigma) for a, b in zip(edges, edges[1:], strict=False)]
+        mass = [cdf((math.log(b) - centre) / sigma) - cdf((math.log(a) - centre) / sigma) for a, b in pairwise(edges)]
         total = sum(mass)
         assert log_q[row].exp().tolist() == pytest.approx([m / total for m in mass], abs=1e-5)
 

@@ -122,7 +122,9 @@ def test_architecture_that_does_not_fit(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     config["architectures"] = ["LlamaForLengthValue"]
     path.write_text(json.dumps(config))
-    with pytest.raises(LenvmFormatError, match=r"names the architecture \['LlamaForLengthValue'\].*Qwen2ForLengthValue"):
+    with pytest.raises(
+        LenvmFormatError, match=r"names the architecture \['LlamaForLengthValue'\].*Qwen2ForLengthValue"
+    ):
         LengthValueModel.from_pretrained(tmp_path / "lenvm")
 
 
@@ -136,7 +138,10 @@ def test_architecture_that_does_not_fit(tmp_path: Path) -> None:
         ({"gamma": 0.9, "bins": [2, 3]}, "start at 1"),
         ({"gamma": 0.9, "heads": ["value"], "format": 7}, "format 7 is not known"),
         ({"gamma": 0.9, "heads": ["value"], "colour": 1}, "colour"),
-        ({"gamma": 0.9, "heads": ["value"], "spread": {"log_n_hat": [1], "shift": [0], "sigma": [-1]}}, "sigma must be positive"),
+        (
+            {"gamma": 0.9, "heads": ["value"], "spread": {"log_n_hat": [1], "shift": [0], "sigma": [-1]}},
+            "sigma must be positive",
+        ),
     ],
 )
 def test_wrong_blocks(block: dict[str, Any], says: str) -> None:

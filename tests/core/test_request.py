@@ -20,7 +20,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"length_target": True}, "length_target", "got True"),
     ({"length_target": [5]}, "length_target", r"got \[5\]"),
     ({"length_target": 2**40}, "length_target", "whole number"),
-    ({"length_target": 5, "length_mode": "exactly"}, "length_mode", "one of equal_to, at_most, at_least, got 'exactly'"),
+    (
+        {"length_target": 5, "length_mode": "exactly"},
+        "length_mode",
+        "one of equal_to, at_most, at_least, got 'exactly'",
+    ),
     ({"length_target": 5, "length_mode": 3}, "length_mode", "got 3"),
     ({"length_target": 5, "length_control": "magic"}, "length_control", "one of posterior, hard, soft"),
     ({"length_target": 5, "length_sharpness": 0}, "length_sharpness", "above 0"),
@@ -93,7 +97,19 @@ def test_travels_as_scalars(body: dict[str, Any]) -> None:
     assert LengthRequest.from_dict(carried) == request
 
 
-@given(st.dictionaries(st.sampled_from([*FIELD_NAMES, "length_x"]), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=2))))
+@given(
+    st.dictionaries(
+        st.sampled_from([*FIELD_NAMES, "length_x"]),
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.integers(),
+            st.floats(),
+            st.text(max_size=5),
+            st.lists(st.integers(), max_size=2),
+        ),
+    )
+)
 def test_nothing_but_a_field_error_ever_comes_out(body: dict[str, Any]) -> None:
     try:
         request = LengthRequest.parse(body)
@@ -108,7 +124,7 @@ def test_contradictions_with_other_fields() -> None:
     least = LengthRequest.parse({"length_target": 50, "length_mode": "at_least"})
     assert exact and most and least
     for request in (exact, least):
-        with pytest.raises(LengthFieldError, match="length_target 50 .* cannot be reached with max_tokens 20"):
+        with pytest.raises(LengthFieldError, match=r"length_target 50 .* cannot be reached with max_tokens 20"):
             request.check_against(max_tokens=20)
     most.check_against(max_tokens=20)
     for request in (exact, most):

@@ -57,7 +57,13 @@ def test_draw_is_independent_of_batch_and_slot() -> None:
     tokens = ids.gather(-1, draw(log_p, ids, seeds, positions, greedy)[:, None])[:, 0]
     order = torch.randperm(9, generator=generator)
     for row in range(6):
-        alone = draw(log_p[row : row + 1, order], ids[row : row + 1, order], seeds[row : row + 1], positions[row : row + 1], greedy[row : row + 1])
+        alone = draw(
+            log_p[row : row + 1, order],
+            ids[row : row + 1, order],
+            seeds[row : row + 1],
+            positions[row : row + 1],
+            greedy[row : row + 1],
+        )
         assert ids[row, order][alone[0]] == tokens[row]
 
 
@@ -65,5 +71,7 @@ def test_empty_slots_are_never_drawn_and_ties_go_to_the_lower_id() -> None:
     log_p = torch.tensor([[-math.inf, 0.0, -math.inf]]).expand(500, -1)
     ids = torch.tensor([[1, 2, 3]]).expand(500, -1)
     assert (draw(log_p, ids, torch.arange(500), torch.arange(500), torch.zeros(500, dtype=torch.bool)) == 1).all()
-    tie = draw(torch.tensor([[-1.0, -1.0]]), torch.tensor([[9, 4]]), torch.tensor([0]), torch.tensor([0]), torch.tensor([True]))
+    tie = draw(
+        torch.tensor([[-1.0, -1.0]]), torch.tensor([[9, 4]]), torch.tensor([0]), torch.tensor([0]), torch.tensor([True])
+    )
     assert tie.item() == 1
