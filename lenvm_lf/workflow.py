@@ -1,0 +1,217 @@
+"""`stage: lenvm` from parsed arguments to a saved checkpoint: the stage's counterpart of the host's `run_sft`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+
+from lenvm.bins import LengthBins
+from lenvm.definitions import gamma_from_lengths
+from lenvm.format import LenvmConfig
+from lenvm_lf import checkpoint
+from lenvm_lf.collator import DenseReturnCollator
+from lenvm_lf.data import by_length, shared_prompts, split_by_prompt, usable_rows
+
+logger = logging.getLogger(__name__)
+CENSORED_SHARE_FOR_AUTO = 0.01
+"""`gamma: auto` looks at the 99th percentile: with more censored completions than this, that length is unknown."""
+PLOTTED = ("loss", "value_loss", "length_nll", "eval_loss", "eval_length_mae", "eval_expected_length_mae")
+
+
+def training_function(tuner: Any, config: dict[str, Any]) -> None:
+    """The host's `_training_function` for this stage.
+
+    Args:
+        tuner: the host module `llamafactory.train.tuner`.
+        config: `args` as read from YAML or the command line, `callbacks`.
+    """
+    from transformers import EarlyStoppingCallback
+
+    callbacks: list[Any] = config["callbacks"]
+    model_args, data_args, training_args, finetuning_args, generating_args = tuner.get_train_args(config["args"])
+    callbacks.append(tuner.LogCallback())
+    if finetuning_args.pissa_convert:
+        callbacks.append(tuner.PissaConvertCallback())
+    if finetuning_args.use_swanlab:
+        callbacks.append(tuner.get_swanlab_callback(finetuning_args))
+    if finetuning_args.early_stopping_steps is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=finetuning_args.early_stopping_steps))
+    if getattr(training_args, "enable_torch_profiler", False):
+        callbacks.append(tuner.TorchProfilerCallback(training_args))
+    if getattr(training_args, "profile_modules", None):
+        callbacks.append(tuner.ModuleProfilerCallback(training_args.profile_modules))
+    callbacks.append(tuner.ReporterCallback(model_args, data_args, finetuning_args, generating_args))
+
+    run_lenvm(model_args, data_args, training_args, finetuning_args, callbacks)
+
+    if tuner.is_ray_available() and tuner.ray.is_initialized():
+        return  # Ray ends the process group itself
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def run_lenvm(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any, callbacks: list[Any]) -> None:
+    """Load the data and the model, then train, evaluate and predict as asked.
+
+    Raises:
+        ValueError, LenvmFormatError: one sentence for each thing that is wrong with data, arguments or checkpoint.
+    """
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.model import load_config, load_model, load_tokenizer
+    from llamafactory.train.trainer_utils import create_modelcard_and_push
+
+    from lenvm_lf.trainer import LengthValueTrainer
+
+    tokenizer_module = load_tokenizer(model_args)
+    tokenizer = tokenizer_module["tokenizer"]
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    config = load_config(model_args)
+    datasets = load_datasets(template, config, model_args, data_args, training_args, finetuning_args, tokenizer_module)
+    train_set, eval_set = datasets
+    lenvm = decide_block(config, train_set, model_args, training_args, finetuning_args)
+    finetuning_args.lenvm_config = lenvm
+    model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
+
+    training_args.average_tokens_across_devices = True  # the denominator of Eq. 9 is global: not a choice here
+    training_args.label_names = ["labels"]
+    trainer = LengthValueTrainer(
+        lenvm=lenvm,
+        finetuning_args=finetuning_args,
+        processor=tokenizer_module["processor"],
+        model=model,
+        args=training_args,
+        processing_class=tokenizer,
+        data_collator=DenseReturnCollator(tokenizer.pad_token_id, multiple_of=8 if torch.cuda.is_available() else 1),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        callbacks=callbacks,
+    )
+    if training_args.do_train:
+        train(trainer, training_args, finetuning_args)
+    if training_args.do_eval:
+        metrics = trainer.evaluate(metric_key_prefix="eval")
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        if training_args.do_train:
+            trainer.store_spread()
+    if training_args.do_predict:
+        if isinstance(eval_set, dict):
+            raise ValueError("`do_predict` writes one file; set `eval_on_each_dataset: false`.")
+        result = trainer.predict(eval_set, metric_key_prefix="predict")
+        trainer.log_metrics("predict", result.metrics)
+        trainer.save_metrics("predict", result.metrics)
+        trainer.save_predictions(eval_set["row"])
+    create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
+
+
+def train(trainer: Any, training_args: Any, finetuning_args: Any) -> None:
+    """Train, save and plot."""
+    from llamafactory.extras.ploting import plot_loss
+
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero() and finetuning_args.plot_loss:
+        logged = {key for entry in trainer.state.log_history for key in entry}
+        plot_loss(training_args.output_dir, keys=[key for key in PLOTTED if key in logged])
+
+
+def load_datasets(
+    template: Any,
+    config: Any,
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    finetuning_args: Any,
+    tokenizer_module: dict[str, Any],
+) -> tuple[Any, Any]:
+    """Usable training rows and validation rows (a data set, a dict of them, or None)."""
+    from llamafactory.data import get_dataset
+
+    val_size, data_args.val_size = data_args.val_size, 0.0  # the host splits rows; samples of one prompt would leak
+    try:
+        module = get_dataset(template, model_args, data_args, training_args, stage="lenvm", **tokenizer_module)
+    finally:
+        data_args.val_size = val_size
+    vocab_size = config.get_text_config().vocab_size
+    drop = finetuning_args.lenvm_censored == "drop"
+
+    def usable(dataset: Any, name: str, drop_censored: bool) -> Any:
+        return usable_rows(dataset, name, vocab_size, data_args.cutoff_len, drop_censored)
+
+    train_set, eval_set = module.get("train_dataset"), module.get("eval_dataset")
+    if train_set is not None:
+        train_set = usable(train_set, "training", drop)
+    if eval_set is None and train_set is not None and val_size > 0:
+        train_set, eval_set = split_by_prompt(train_set, val_size, training_args.seed)
+    elif isinstance(eval_set, dict):
+        eval_set = {name: usable(part, f"validation ({name})", drop) for name, part in eval_set.items()}
+    elif eval_set is not None:
+        eval_set = usable(eval_set, "validation", drop)
+    parts = list(eval_set.values()) if isinstance(eval_set, dict) else [] if eval_set is None else [eval_set]
+    for part in parts:
+        shared = shared_prompts(train_set, part) if train_set is not None else 0
+        if shared:
+            logger.warning(
+                "%d of %d validation rows have a prompt that is trained on: their errors come out too small. "
+                "Use `val_size`, which splits by prompt, or other prompts.",
+                shared,
+                len(part),
+            )
+    if isinstance(eval_set, dict):
+        eval_set = {name: by_length(part) for name, part in eval_set.items()}
+    elif eval_set is not None:
+        eval_set = by_length(eval_set)
+    return train_set, eval_set
+
+
+def decide_block(config: Any, train_set: Any, model_args: Any, training_args: Any, finetuning_args: Any) -> LenvmConfig:
+    """The run's `lenvm` block: that of the checkpoint it starts from, or a new one fitted to the training lengths.
+
+    Raises:
+        ValueError: if arguments contradict the checkpoint, or there is neither a checkpoint nor training data.
+    """
+    stored = checkpoint.stored_block(config, model_args, training_args.resume_from_checkpoint)
+    if stored is not None:
+        block, where = stored
+        checkpoint.agree(block, where, finetuning_args)
+        # a spread fitted to other weights says nothing about the ones that training will give
+        return block.model_copy(update={"spread": None}) if training_args.do_train else block
+    if not training_args.do_train or train_set is None:
+        raise ValueError(
+            f"{model_args.model_name_or_path} is no length value model and there is nothing to train it on; "
+            "evaluate a checkpoint of stage `lenvm`, or set `do_train: true` with a `dataset`."
+        )
+    lengths = np.asarray(train_set["completion_length"])
+    gamma = finetuning_args.lenvm_gamma_value
+    if gamma is None:
+        share = float(np.mean(train_set["censored"]))
+        if share > CENSORED_SHARE_FOR_AUTO:
+            logger.warning(
+                "`lenvm_gamma: auto` rests on the 99th percentile of the lengths, but %.1f %% of the completions are cut, so "
+                "it is a lower bound; sample with a larger max_tokens or set `lenvm_gamma`.",
+                100 * share,
+            )
+        gamma = round(gamma_from_lengths(lengths.tolist()), 10)  # digits a person can write into YAML again
+    heads = finetuning_args.lenvm_head_names or ("value", "length")
+    longest = finetuning_args.lenvm_max_length or max(2, int(lengths.max()))
+    if "length" in heads and longest < lengths.max():
+        logger.warning(
+            "`lenvm_max_length` %d is shorter than the longest completion (%d): %d of %d count as %d tokens long.",
+            longest,
+            lengths.max(),
+            int((lengths > longest).sum()),
+            len(lengths),
+            longest,
+        )
+    return LenvmConfig(
+        heads=heads,
+        gamma=gamma,
+        bins=LengthBins.for_max_length(longest).centres if "length" in heads else (),
+        base_model=str(model_args.model_name_or_path),
+    )
