@@ -131,11 +131,12 @@ def check_supported(model_args: Any, data_args: Any, training_args: Any, finetun
             raise ValueError(f"stage `lenvm` does not support `{name}`: {why}; {remedy}.")
 
 
-def _refused(
-    model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
-) -> list[tuple[Any, str, str, str]]:
-    model, data, tune, train = model_args, data_args, finetuning_args, training_args
-    rules: list[tuple[Any, str, str, str]] = [
+Rule = tuple[Any, str, str, str]
+"""Whether the setting is on, its name, why it is refused, what to do."""
+
+
+def _refused(model: Any, data: Any, train: Any, tune: Any) -> list[Rule]:
+    rules: list[Rule] = [
         (
             data.packing or data.neat_packing,
             "neat_packing" if data.neat_packing else "packing",

@@ -151,15 +151,16 @@ def load_model(
     config = loader.load_config(model_args)
     if type(config) not in AutoModelForCausalLM._model_mapping or hasattr(config, "vision_config"):
         raise ValueError(
-            f"stage `lenvm` supports text models so far, got model type {config.model_type!r}; use a causal language model."
+            f"stage `lenvm` supports text models so far, got model type {config.model_type!r}; "
+            "use a causal language model."
         )
     lenvm = getattr(finetuning_args, "lenvm_config", None)  # decided by the workflow; `export` comes without one
     if lenvm is None:
         stored = stored_block(config, model_args)
         if stored is None:
-            names = [model_args.model_name_or_path, *(model_args.adapter_name_or_path or [])]
+            places = [model_args.model_name_or_path, *(model_args.adapter_name_or_path or [])]
             raise ValueError(
-                f"{' + '.join(names)} is no length value model: there is no `lenvm` block in its config.json or "
+                f"{' + '.join(places)} is no length value model: there is no `lenvm` block in its config.json or "
                 f"{ADAPTER_FILE}; train it first with `do_train: true`, or name the adapter in `adapter_name_or_path`."
             )
         lenvm = stored[0]

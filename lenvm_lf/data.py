@@ -59,15 +59,12 @@ def usable_rows(dataset: Any, name: str, vocab_size: int, cutoff_len: int, drop_
         )
     drop = {i for i, _ in bad}
     cut = np.asarray(dataset["censored"])
-    keep = [
-        i
-        for i, reason in enumerate(reasons)
-        if reason != LONG_PROMPT and i not in drop and not (drop_censored and cut[i])
-    ]
+    keep = [i for i, reason in enumerate(reasons) if not (reason or i in drop or (drop_censored and cut[i]))]
     if not keep:
         raise ValueError(
             f"the {name} set has no usable row: {len(bad)} bad, {long_prompts} with a prompt longer than `cutoff_len`, "
-            f"{int(cut.sum()) if drop_censored else 0} censored and dropped, of {len(reasons)}; check the data, `cutoff_len` and `lenvm_censored`."
+            f"{int(cut.sum()) if drop_censored else 0} censored and dropped, of {len(reasons)}; "
+            "check the data, `cutoff_len` and `lenvm_censored`."
         )
     return dataset if len(keep) == len(reasons) else dataset.select(keep)
 
@@ -79,7 +76,8 @@ def _report_bad(bad: list[tuple[int, str]], rows: list[int], name: str, total: i
     message = f"{name} set: {len(bad)} of {total} rows cannot be used ({len(counts)} kind(s) of error): {shown}{more}."
     if len(bad) > MAX_BAD_SHARE * total:
         raise ValueError(
-            f"{message} That is more than {MAX_BAD_SHARE:.0%}; see the data format in docs/training.md, or remove these rows."
+            f"{message} That is more than {MAX_BAD_SHARE:.0%}; "
+            "see the data format in docs/training.md, or remove these rows."
         )
     logger.warning("%s They are skipped.", message)
 
@@ -102,8 +100,8 @@ def split_by_prompt(dataset: Any, val_size: float, seed: int) -> tuple[Any, Any]
     taken = max(1, int(np.searchsorted(cumulated, wanted, side="left")) + 1) if wanted > 0 else 0
     if len(prompts) < 2 or taken >= len(prompts):
         raise ValueError(
-            f"`val_size` {val_size:g} of {len(keys)} rows over {len(prompts)} different prompts leaves nothing to train on; "
-            "lower it, sample more prompts, or give an `eval_dataset`."
+            f"`val_size` {val_size:g} of {len(keys)} rows over {len(prompts)} different prompts leaves nothing to "
+            "train on; lower it, sample more prompts, or give an `eval_dataset`."
         )
     held_out = np.isin(inverse, order[:taken])
     return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))

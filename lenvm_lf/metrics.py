@@ -16,7 +16,7 @@ from lenvm.objective import length_nll_sum, value_loss_sum
 from lenvm_lf.collator import IGNORE
 
 POSITIONS = (0, 25, 50, 75)
-"""Relative positions t / L (in %) at which the error of the predicted length is reported, as in the paper's Figure 6."""
+"""Relative positions t / L in % at which the error of the predicted length is reported (the paper's Figure 6)."""
 TOKEN_CHANNELS = ("remaining", "z", "expected")
 ROW_CHANNELS = ("censored", "value_loss", "length_nll", "p50", "p90")
 

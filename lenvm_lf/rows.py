@@ -120,8 +120,8 @@ def parse_row(row: Any) -> dict[str, Any]:
         return out
     if not prompt or not text:
         raise RowError(
-            "a row needs `prompt_token_ids` and `completion_token_ids`, or `messages` and a `completion` that is not empty, "
-            f"got the keys {sorted(row)}"
+            "a row needs `prompt_token_ids` and `completion_token_ids`, or `messages` and a `completion` that is not "
+            f"empty, got the keys {sorted(row)}"
         )
     return out
 

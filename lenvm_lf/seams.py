@@ -120,13 +120,14 @@ def check() -> None:
         raise SeamError(
             "stage `lenvm` cannot hook into this LlamaFactory: "
             + "; ".join(problems)
-            + f". Install llamafactory>={HOST_FLOOR},<{HOST_CEILING} unchanged, or a newer lenvm. Other stages are not affected."
+            + f". Install llamafactory>={HOST_FLOOR},<{HOST_CEILING} unchanged, or a newer lenvm. "
+            "Other stages are not affected."
         )
     if CHANGED:
         changed = ", ".join(CHANGED)
         CHANGED.clear()  # said once
         logger.warning(
-            "lenvm_lf: %s differ(s) from the tested LlamaFactory %s in the source, not in the signature; check the results.",
+            "lenvm_lf: %s: signature as in the tested LlamaFactory %s, source not; check the results.",
             changed,
             HOST_FLOOR,
         )

@@ -51,7 +51,7 @@ class LengthValueTrainer(Trainer):
             self.add_callback(SaveProcessorCallback(processor))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             self.optimizer = create_custom_optimizer(self.model, self.args, self.finetuning_args)
         return super().create_optimizer(*args, **kwargs)
 

@@ -193,8 +193,8 @@ def decide_block(config: Any, train_set: Any, model_args: Any, training_args: An
         share = float(np.mean(train_set["censored"]))
         if share > CENSORED_SHARE_FOR_AUTO:
             logger.warning(
-                "`lenvm_gamma: auto` rests on the 99th percentile of the lengths, but %.1f %% of the completions are cut, so "
-                "it is a lower bound; sample with a larger max_tokens or set `lenvm_gamma`.",
+                "`lenvm_gamma: auto` rests on the 99th percentile of lengths, but %.1f %% of the completions are cut, "
+                "so it is a lower bound; sample with a larger max_tokens or set `lenvm_gamma`.",
                 100 * share,
             )
         gamma = round(gamma_from_lengths(lengths.tolist()), 10)  # digits a person can write into YAML again
@@ -210,7 +210,7 @@ def decide_block(config: Any, train_set: Any, model_args: Any, training_args: An
             longest,
         )
     return LenvmConfig(
-        heads=heads,
+        heads=heads,  # type: ignore[arg-type]  # checked by the model
         gamma=gamma,
         bins=LengthBins.for_max_length(longest).centres if "length" in heads else (),
         base_model=str(model_args.model_name_or_path),

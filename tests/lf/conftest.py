@@ -15,7 +15,23 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "count to zero one two three four five six seven eight nine word again and so on".split()
+WORDS = (
+    "count",
+    "to",
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "and",
+    "so",
+    "on",
+)
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
