@@ -1,0 +1,195 @@
+"""Admitting requests with length fields: checks in the front end, one state object in the scheduler."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from lenvm.request import LengthFieldError, LengthRequest
+from lenvm_sglang.state import RequestState, draw_seed
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_KEY = "lenvm_sample"
+"""Entry of `custom_params` that tells the `n` answers of one request apart; ours, refused from clients."""
+NAMESPACE = f"lenvm-{secrets.token_hex(16)}"
+"""Radix-tree namespace of requests with length fields: a prefix in it always has value KV. Random, so that no client
+can name it in `extra_key`."""
+_TOP_K_ALL = 1 << 30
+
+
+def parse_fields(fields: Mapping[str, Any], served: bool) -> LengthRequest | None:
+    """The length fields among `fields`.
+
+    Args:
+        fields: a request body, sampling parameters or custom parameters.
+        served: whether this server has a length value model.
+
+    Raises:
+        LengthFieldError: a bad field, or any length field on a server without a length value model.
+    """
+    request = LengthRequest.parse(fields)
+    if request is not None and not served:
+        name = next(n for n in fields if n.startswith("length_") or n == "return_length_values")
+        raise LengthFieldError(
+            name, f"{name} needs a length value model, and this server has none; start it with --lenvm-model."
+        )
+    return request
+
+
+def check_custom_params(custom_params: Mapping[str, Any] | None) -> None:
+    """Refuse what only the plug-in may put there.
+
+    Raises:
+        LengthFieldError: naming the key.
+    """
+    for key in custom_params or ():
+        if key.startswith("lenvm"):
+            raise LengthFieldError(key, f"custom_params must not contain {key!r}; send the length_* fields instead.")
+
+
+def check_sampling_params(params: Any, served: bool) -> None:
+    """Check the length fields in the host's SamplingParams against each other and against the rest of them.
+
+    This is the last gate of every road into the scheduler: HTTP, `custom_params`, and `Engine`.
+
+    Raises:
+        LengthFieldError: a ValueError, which the host answers with 400.
+    """
+    custom = params.custom_params
+    if not isinstance(custom, dict):
+        return
+    check_custom_params(custom)
+    request = parse_fields(custom, served)
+    if request is None:
+        return
+    request.check_against(
+        max_tokens=params.max_new_tokens, min_tokens=params.min_new_tokens or None, ignore_eos=params.ignore_eos
+    )
+    check_companions(
+        request,
+        beam_width=params.beam_width,
+        stops_on_text=bool(params.stop_strs or params.stop or params.stop_regex_strs or params.stop_regex),
+    )
+
+
+def check_companions(request: LengthRequest, *, beam_width: int | None = None, stops_on_text: bool = False,
+                     other: Mapping[str, Any] | None = None) -> None:  # fmt: skip
+    """Refuse what cannot go together with length fields.
+
+    Args:
+        beam_width: of the request.
+        stops_on_text: it has `stop` strings or regular expressions.
+        other: request fields by name that must be absent.
+
+    Raises:
+        LengthFieldError: naming both.
+    """
+    name = "length_target" if request.target is not None else "length_bias" if request.bias is not None else "return_length_values"
+    if beam_width is not None and beam_width > 1:
+        raise LengthFieldError(name, f"{name} does not work with beam search; drop beam_width {beam_width}.")
+    if request.strict and stops_on_text:
+        raise LengthFieldError(
+            "length_strict", "length_strict cannot promise a length beside stop strings, which end an answer at any "
+            "token; drop stop or length_strict."
+        )
+    for field, value in (other or {}).items():
+        if value:
+            raise LengthFieldError(name, f"{name} does not work with {field} yet; drop one of them.")
+
+
+UNSUPPORTED_COMPANIONS = (
+    "session_params",
+    "session_id",
+    "input_embeds",
+    "image_data",
+    "audio_data",
+    "video_data",
+    "return_sampling_mask",
+    "positional_embed_overrides",
+)
+"""Fields of `/generate` and of the host's request object that exclude length fields."""
+
+
+def lift_engine_fields(obj: Any, served: bool) -> None:
+    """Move length fields found among a host request's sampling parameters (as `Engine.generate` takes them) into
+    `custom_params`, and refuse what cannot go with them. Requests that came over HTTP have been through this.
+
+    Raises:
+        LengthFieldError: a ValueError.
+    """
+    params = obj.sampling_params
+    for one in params if isinstance(params, list) else [params]:
+        if not isinstance(one, dict):
+            continue
+        fields = {n: one.pop(n) for n in list(one) if n.startswith("length_") or n == "return_length_values"}
+        if fields:
+            one["custom_params"] = {**(one.get("custom_params") or {}), **fields}
+        custom = one.get("custom_params")
+        request = parse_fields(custom, served) if isinstance(custom, dict) else None
+        if request is not None:
+            check_companions(request, other={n: getattr(obj, n, None) for n in UNSUPPORTED_COMPANIONS})
+
+
+def state_of(req: Any) -> RequestState | None:
+    """The length state of a host request."""
+    return getattr(req, "lenvm_state", None)
+
+
+def admit(req: Any, served: bool, default_stop_token_ids: frozenset[int]) -> None:
+    """Give a new host request its state and its radix namespace, if it carries length fields.
+
+    The front end has checked the fields; if something is wrong all the same, the request is aborted with its sentence.
+
+    Args:
+        req: the host's request.
+        served: whether this scheduler has a value worker.
+        default_stop_token_ids: stop tokens that every request has.
+    """
+    params = req.sampling_params
+    custom = params.custom_params
+    if not isinstance(custom, dict):
+        return
+    try:
+        request = parse_fields(custom, served)
+    except LengthFieldError as error:
+        req.set_finish_with_abort(str(error))
+        return
+    if request is None:
+        return
+    greedy = params.top_k <= 1 and params.temperature == 1.0
+    stops = set() if params.ignore_eos else default_stop_token_ids | set(params.stop_token_ids or ())
+    req.lenvm_state = RequestState(
+        request=request,
+        prompt_tokens=len(req.origin_input_ids),
+        seed=draw_seed(params.sampling_seed, int(custom.get(SAMPLE_KEY, 0)), req.rid),
+        stop_token_ids=tuple(sorted(stops)),
+        temperature=params.temperature,
+        top_k=_TOP_K_ALL if greedy else max(params.top_k, 1),
+        top_p=params.top_p,
+        min_p=params.min_p,
+        greedy=greedy,
+    )
+    req.extra_key = NAMESPACE if req.extra_key is None else f"{NAMESPACE}/{req.extra_key}"
+
+
+def number_samples(tokenized: Any) -> None:
+    """Tell the `n` answers of a request apart, so that one seed gives n different answers.
+
+    The host sends the n copies one after the other with the same SamplingParams; the first of them (max_new_tokens 0)
+    only warms the prefix cache.
+    """
+    params = getattr(tokenized, "sampling_params", None)
+    custom = getattr(params, "custom_params", None)
+    if not isinstance(custom, dict) or params.sampling_seed is None or params.max_new_tokens == 0:
+        return
+    if LengthRequest.parse(custom) is None:
+        return
+    sample = custom.get(SAMPLE_KEY, -1) + 1
+    custom[SAMPLE_KEY] = sample
+    params = copy.copy(params)
+    params.custom_params = {**custom}
+    tokenized.sampling_params = params

@@ -1,0 +1,86 @@
+"""Bringing predicted lengths from the device to the response, through SGLang's auxiliary outputs.
+
+Device tensors travel with the sampled tokens (one copy, no extra wait), are committed to the request objects when the
+host commits the tokens, and leave the scheduler as customised response metadata of the requests they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lenvm_sglang.state import RequestState
+
+REPORT_KEY = "lenvm"
+"""Key of our entry in the host's customised metadata."""
+
+
+@dataclass(frozen=True)
+class LengthOutput:
+    """Predicted lengths of some rows of one step, on the device; becomes `HostLengthOutput` on the host.
+
+    Attributes:
+        index: positions of the rows in the batch.
+        states: their request objects.
+        lengths: [len(index)] float32 tokens.
+        at_prompt: these are predictions at the prompt boundary, not after a token.
+    """
+
+    index: list[int]
+    states: list[RequestState]
+    lengths: Tensor
+    at_prompt: bool
+
+    def copy_to_host(self, copy_tensor: Callable[[Tensor], Tensor]) -> HostLengthOutput:
+        """Called by the host when it copies the sampled tokens."""
+        return HostLengthOutput(self.index, self.states, copy_tensor(self.lengths), self.at_prompt)
+
+
+@dataclass(frozen=True)
+class HostLengthOutput:
+    """`LengthOutput` after the copy."""
+
+    index: list[int]
+    states: list[RequestState]
+    lengths: Tensor
+    at_prompt: bool
+
+    def consume(self, batch: Any, commits: Sequence[Any]) -> None:
+        """Commit to the requests; called by the host after it committed the tokens, before it streams them.
+
+        Args:
+            batch: the host's batch; not needed, the rows' request objects are known.
+            commits: for each row of the batch, the tokens committed, or None.
+        """
+        for row, state, length in zip(self.index, self.states, self.lengths.tolist(), strict=True):
+            if self.at_prompt:
+                if state.predicted_length is None:
+                    state.predicted_length = length
+            elif commits[row] is not None:
+                state.values.append(length)
+
+
+def reporting_streamer(base: type, state_of: Callable[[Any], RequestState | None]) -> type:
+    """The host's output streamer with one more entry of metadata, for requests with length fields only.
+
+    Args:
+        base: the host's SchedulerOutputStreamer.
+        state_of: from a host request to its state.
+    """
+
+    class LengthReportingStreamer(base):  # type: ignore[misc, valid-type]
+        has_additional_customized_info = True
+
+        def should_build_additional_customized_info(self) -> bool:
+            return True
+
+        def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
+            states = [state_of(req) for req in reqs]
+            if not any(states):
+                return {}
+            return {REPORT_KEY: [None if state is None else [state.take_report()] for state in states]}
+
+    return LengthReportingStreamer

@@ -1,0 +1,178 @@
+"""The steering object: where candidates are cut, scored, guided and drawn.
+
+SGLang computes the logits, applies penalties, grammar and bias, then its custom logits processors; right there this
+one acts on the rows that carry length fields. A guided row leaves it **one-hot**, so that the host's temperature, top-p
+and random numbers cannot act on it a second time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+from torch import Tensor
+
+from lenvm.candidates import Candidates, build_candidates
+from lenvm.definitions import length_from_logit
+from lenvm.format import LenvmConfig
+from lenvm.guidance import Scores, guide, predicted_lengths, strict_bounds
+from lenvm.sampler import draw
+from lenvm_sglang.outputs import LengthOutput
+from lenvm_sglang.state import to_device
+from lenvm_sglang.worker import LengthRows, ValueWorker
+
+
+@dataclass
+class SamplingStep:
+    """One call of the host's sampler over a batch with length fields.
+
+    Attributes:
+        processor: who acts in it.
+        batch: the host's forward batch.
+        steered: its rows whose token is drawn here, if any.
+        watched: its rows that only ask for values, if any: the host draws their tokens.
+        logits: the very tensor the host samples from; the host also preprocesses copies, which are left alone.
+        wants_logprobs: the host will return log-probabilities,
+        scale_logprobs: at the request's temperature rather than at 1.
+        index: [R] int64 batch positions of the steered rows, on the device.
+        base_logprobs: [R, V] float32 of the base model in these rows, if `wants_logprobs`.
+        outputs: predicted lengths for the host.
+    """
+
+    processor: LengthValueLogitProcessor
+    batch: Any
+    steered: LengthRows | None
+    watched: LengthRows | None
+    logits: Tensor
+    wants_logprobs: bool
+    scale_logprobs: bool
+    index: Tensor | None = None
+    base_logprobs: Tensor | None = None
+    outputs: list[LengthOutput] = field(default_factory=list)
+
+
+class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
+    """Steers the completion length with a length value model.
+
+    Registered inside the server by the plug-in, for every request that carries length fields. It is never built from
+    client bytes and does not need `--enable-custom-logit-processor`.
+    """
+
+    def __init__(self, worker: ValueWorker) -> None:
+        self.worker = worker
+
+    def __call__(self, logits: Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> Tensor:
+        """The host's interface for processors without access to the KV cache; this one acts in `steer`.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("LengthValueLogitProcessor needs the forward batch; the plug-in calls steer().")
+
+    def follow(self, batch: Any, rows: LengthRows) -> LengthOutput | None:
+        """After each forward of the base model: value KV of what it read, and predictions at the prompt boundary."""
+        scores = self.worker.follow(batch, rows)
+        wanted = [i for i, state in enumerate(rows.states) if rows.draws[i] and state.predicted_length is None]
+        if scores is None or not wanted:
+            return None
+        lengths = expected_lengths(scores, self.worker.lenvm)[to_device(wanted, torch.int64, scores.z.device)]
+        return LengthOutput([rows.index[i] for i in wanted], [rows.states[i] for i in wanted], lengths, at_prompt=True)
+
+    def begin(self, batch: Any, rows: LengthRows, logits: Tensor, scale_logprobs: bool) -> SamplingStep:
+        """Open a sampling step."""
+        return SamplingStep(
+            processor=self,
+            batch=batch,
+            steered=rows.drawing(steered=True),
+            watched=rows.drawing(steered=False),
+            logits=logits,
+            wants_logprobs=batch.return_logprob,
+            scale_logprobs=scale_logprobs,
+        )
+
+    def steer(self, step: SamplingStep) -> None:
+        """Cut, score, guide and draw; make the steered rows of `step.logits` one-hot in place.
+
+        Called between the host's last change of the logits and its sampler. Does not wait for a CUDA device.
+        """
+        if step.steered is None:
+            return
+        worker, batch, rows = self.worker, step.batch, step.steered
+        device = step.logits.device
+        index = to_device(rows.index, torch.int64, device)
+        slots = batch.req_pool_indices[index].long()
+        lengths = batch.seq_lens[index]
+        parameters = worker.table.read(slots, lengths)
+        logits = step.logits[index]
+        step.index = index
+        if step.wants_logprobs:
+            temperature = parameters.sampling.temperature[:, None] if step.scale_logprobs else 1.0
+            step.base_logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+        ban_stop, force_stop = strict_bounds(parameters.guidance)
+        candidates = build_candidates(
+            logits, parameters.sampling, parameters.stop_token_ids, worker.width, ban_stop, force_stop
+        )
+        if device.type == "cpu":
+            # Kept slots are a prefix of the sorted set; with no device to wait for, narrow the forward to them.
+            candidates = narrow(candidates, int(candidates.kept.sum(-1).max()))
+        scores = worker.score(slots, lengths, longest_sequence(batch, rows), candidates)
+        log_p = guide(candidates, scores, parameters.guidance, worker.lenvm)
+        choice = draw(log_p, candidates.token_ids, parameters.seed, parameters.guidance.emitted, parameters.greedy)
+        token = candidates.token_ids.gather(-1, choice[:, None])
+        step.logits[index] = torch.full_like(logits, -torch.inf).scatter_(-1, token, 0.0)
+        worker.remember(slots, choice)
+        lengths_after = predicted_lengths(candidates, scores, worker.lenvm).gather(-1, choice[:, None])[:, 0]
+        self._report(step, rows, lengths_after)
+
+    def watch(self, step: SamplingStep, token_ids: Tensor) -> None:
+        """Score the tokens that the host drew in rows which only ask for values; nothing is changed.
+
+        Args:
+            step: the sampling step.
+            token_ids: [batch] what the host drew.
+        """
+        if step.watched is None:
+            return
+        worker, batch, rows = self.worker, step.batch, step.watched
+        index = to_device(rows.index, torch.int64, token_ids.device)
+        slots = batch.req_pool_indices[index].long()
+        lengths = batch.seq_lens[index]
+        token = token_ids[index].long()[:, None]
+        candidates = Candidates(
+            token_ids=token,
+            log_p=torch.zeros(token.shape, device=token.device),
+            is_stop=(worker.table.stops[slots] == token).any(-1, keepdim=True),
+        )
+        scores = worker.score(slots, lengths, longest_sequence(batch, rows), candidates)
+        worker.remember(slots, torch.zeros_like(slots))
+        self._report(step, rows, predicted_lengths(candidates, scores, worker.lenvm)[:, 0])
+
+    @staticmethod
+    def _report(step: SamplingStep, rows: LengthRows, lengths: Tensor) -> None:
+        wanted = [i for i, state in enumerate(rows.states) if state.request.return_values]
+        if not wanted:
+            return
+        if len(wanted) < len(rows.states):
+            lengths = lengths[to_device(wanted, torch.int64, lengths.device)]
+        index, states = [rows.index[i] for i in wanted], [rows.states[i] for i in wanted]
+        step.outputs.append(LengthOutput(index, states, lengths, at_prompt=False))
+
+
+def expected_lengths(scores: Scores, lenvm: LenvmConfig) -> Tensor:
+    """Predicted remaining length of states, [...] float32 tokens."""
+    if scores.length_log_q is not None:
+        return lenvm.length_bins.expected(scores.length_log_q)
+    return length_from_logit(scores.z, lenvm.gamma)
+
+
+def narrow(candidates: Candidates, width: int) -> Candidates:
+    """The first `width` slots of every row."""
+    return Candidates(candidates.token_ids[:, :width], candidates.log_p[:, :width], candidates.is_stop[:, :width])
+
+
+def longest_sequence(batch: Any, rows: LengthRows) -> int:
+    """The most tokens that a row of `rows` has read, from the host's mirror of the sequence lengths if there is one."""
+    mirror = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
+    return int(mirror[rows.index].max())

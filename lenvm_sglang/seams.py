@@ -1,0 +1,404 @@
+"""Every place where the plug-in takes hold of SGLang: the one module to read when the host moves.
+
+Each hook is a thin function that reads what it needs from the host's objects and calls a module of ours. `install`
+checks the host's version and that every target exists; `verify` checks, when the scheduler is up, that every hook took
+(SGLang itself only logs a hook that fails).
+"""
+
+from __future__ import annotations
+
+import logging
+import pkgutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from lenvm_sglang import admission, responses, settings
+from lenvm_sglang.settings import Settings, StartError
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_HOSTS = ("0.5.23",)
+"""SGLang versions whose private functions below were read and tested."""
+
+
+class SeamError(RuntimeError):
+    """The host is not one this plug-in knows; the message says which it is."""
+
+
+@dataclass
+class Process:
+    """What this process serves; one object for each launcher or scheduler process.
+
+    Attributes:
+        settings: of the server; None without a LenVM.
+        command_line: the launcher came from the command line, where a refusal is one sentence and an exit status.
+        worker: the value worker of a scheduler process.
+        step: the sampling step under way in a scheduler process.
+    """
+
+    settings: Settings | None = None
+    command_line: bool = False
+    worker: Any = None
+    step: Any = None
+
+    @property
+    def served(self) -> bool:
+        return self.settings is not None
+
+
+process = Process()
+
+
+# ----- launcher -----------------------------------------------------------------------------------------------------
+
+
+def add_cli_args(result: None, parser: Any) -> None:
+    """AFTER ServerArgs.add_cli_args: our flags."""
+    settings.add_flags(parser)
+
+
+def from_cli_args(result: Any, cls: type, args: Any) -> None:
+    """AFTER ServerArgs.from_cli_args: our settings ride on the result."""
+    process.command_line = True
+    try:
+        ours = settings.settings_from(
+            getattr(args, "lenvm_model", None), getattr(args, "lenvm_max_candidates", None)
+        )
+        if ours is not None:
+            verify()
+    except (StartError, SeamError) as error:
+        raise SystemExit(f"lenvm: {error}") from None
+    settings.attach(result, ours)
+
+
+def launch_subprocesses(original: Callable[..., Any], cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND Engine._launch_subprocesses: every reason not to start, before anything is spawned."""
+    process.settings = settings.settings_of(server_args)
+    if process.settings is not None:
+        try:
+            check_start(server_args, process.settings)
+        except StartError as error:
+            if process.command_line:
+                raise SystemExit(f"lenvm: {error}") from None
+            raise
+    return original(cls, server_args, *args, **kwargs)
+
+
+def check_start(server_args: Any, ours: Settings) -> None:
+    """Refuse a start with unsupported settings or an unfit checkpoint.
+
+    Raises:
+        StartError: saying why.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.environ import envs
+
+    from lenvm_sglang.model import register_architecture
+    from lenvm_sglang.worker import architecture_of
+
+    server_args.resolve_once()
+    resolved = resolving_view(server_args)
+    settings.refuse_settings(resolved)
+    if envs.SGLANG_RUST_SERVER.get():
+        raise StartError("--lenvm-model does not work with SGLANG_RUST_SERVER yet; unset it.")
+    base = ModelConfig.from_server_args(server_args)
+    if base.is_multimodal:
+        raise StartError("--lenvm-model does not serve multimodal base models yet; serve a text model.")
+    settings.check_checkpoint(ours, resolved.tokenizer_path or resolved.model_path, base.context_len)
+    register_architecture(architecture_of(ours.model))
+
+
+def setup_http(original: Callable[..., Any], server_args: Any, tokenizer_manager: Any, template_manager: Any,
+               port_args: Any, scheduler_infos: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+    """AROUND http_server._setup_and_run_http_server: middleware and endpoints."""
+    from sglang.srt.entrypoints import http_server
+    from starlette.middleware import Middleware
+
+    from lenvm_sglang import endpoints
+    from lenvm_sglang.middleware import LengthFieldsMiddleware
+
+    info = scheduler_infos[0].get("lenvm")
+    if process.served and info is None:
+        raise SystemExit("lenvm: the scheduler came up without the length value model; its log says why.")
+    context_length = tokenizer_manager.model_config.context_len
+    # innermost: after the host has authenticated the request and decompressed its body
+    http_server.app.user_middleware.append(
+        Middleware(LengthFieldsMiddleware, served=process.served, context_length=context_length)
+    )
+    endpoints.mount(http_server.app, tokenizer_manager, info)
+    return original(server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, *args, **kwargs)
+
+
+def build_server_args(**kwargs: Any) -> Any:
+    """`Engine.server_args_class`, the host's own place for overriding: also takes lenvm_model, lenvm_max_candidates."""
+    from sglang.srt.server_args import ServerArgs
+
+    ours = settings.settings_from(kwargs.pop("lenvm_model", None), kwargs.pop("lenvm_max_candidates", None))
+    server_args = ServerArgs(**kwargs)
+    settings.attach(server_args, ours)
+    return server_args
+
+
+# ----- front end ----------------------------------------------------------------------------------------------------
+
+
+def verify_sampling_params(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER SamplingParams.verify: the last gate before the scheduler, whatever road a request took."""
+    admission.check_sampling_params(self, process.served)
+
+
+async def generate_request(original: Callable[..., Any], self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+    """AROUND TokenizerManager.generate_request: fields of Engine calls in, reports out."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    if isinstance(obj, GenerateReqInput):
+        admission.lift_engine_fields(obj, process.served)
+    async with aclosing(original(self, obj, request)) as outputs:
+        async for out in outputs:
+            for position, one in enumerate(out if isinstance(out, list) else [out]):
+                if "meta_info" in one:
+                    responses.publish(one, position)
+            yield out
+
+
+def update_meta_info(original: Callable[..., Any], self: Any, meta_info: dict[str, Any], state: Any,
+                     customized_info: dict[str, Any], index: int, finish_reason: Any) -> None:  # fmt: skip
+    """AROUND TokenizerManager.update_request_meta_info: our entry of the metadata."""
+    rest, reported = responses.split_metadata(customized_info, index)
+    if rest:
+        original(self, meta_info, state, rest, index, finish_reason)
+    if reported is not None:
+        responses.accumulate(state, reported)
+        if finish_reason is not None:
+            report = responses.final_report(state, meta_info["completion_tokens"])
+            if report is not None:
+                meta_info[responses.REPORT_KEY] = report
+
+
+def send_one_request(self: Any, tokenized: Any) -> None:
+    """BEFORE TokenizerManager._send_one_request: number the n answers of a request."""
+    admission.number_samples(tokenized)
+
+
+# ----- scheduler: building ------------------------------------------------------------------------------------------
+
+
+def load_value_model(result: None, self: Any) -> None:
+    """AFTER Scheduler.maybe_init_draft_worker: the value model, before the base's KV pool is sized."""
+    process.settings = settings.settings_of(self.server_args)
+    if process.settings is not None:
+        from lenvm_sglang.worker import ValueWorker
+
+        process.worker = ValueWorker(self, process.settings)
+
+
+def add_cell_size(result: int, self: Any, kvc: Any, num_layers: int) -> int | None:
+    """AFTER DefaultPoolConfigurator._compute_cell_size: the value KV of a token."""
+    if process.worker is None or kvc.is_draft_worker:
+        return None
+    return result + process.worker.bytes_per_token()
+
+
+def add_scratch(result: None, self: Any, kvc: Any) -> None:
+    """AFTER DefaultPoolConfigurator.__init__: the value KV of the candidates."""
+    from sglang.srt.runtime_context import get_schedule
+
+    if process.worker is not None and not kvc.is_draft_worker:
+        self._fixed_overhead_bytes += process.worker.scratch_bytes(get_schedule().max_running_requests)
+
+
+def allocate_pools(result: None, self: Any) -> None:
+    """AFTER Scheduler.init_memory_pools."""
+    if process.worker is not None:
+        process.worker.allocate()
+
+
+def build_backends(result: None, self: Any) -> None:
+    """AFTER Scheduler.init_all_attention_backends: attention, and the steering object on the base's runner."""
+    if process.worker is not None:
+        from lenvm_sglang.processor import LengthValueLogitProcessor
+
+        process.worker.build_backends()
+        self.tp_worker.model_runner.lenvm_processor = LengthValueLogitProcessor(process.worker)
+
+
+def output_streamer_class(result: type, self: Any) -> type | None:
+    """AFTER Scheduler.get_output_streamer_class: one that reports predicted lengths."""
+    if process.worker is None:
+        return None
+    from lenvm_sglang.outputs import reporting_streamer
+
+    return reporting_streamer(result, admission.state_of)
+
+
+def init_info(result: dict[str, Any], self: Any) -> None:
+    """AFTER Scheduler.get_init_info, the last thing before the scheduler reports ready: the self-check."""
+    verify()
+    if process.settings is not None:
+        if process.worker is None:
+            raise StartError("the length value model was not loaded, although --lenvm-model was given.")
+        result["lenvm"] = process.worker.info()
+
+
+# ----- scheduler: running -------------------------------------------------------------------------------------------
+
+
+def create_request(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER Scheduler._create_generation_req: state and radix namespace of requests with length fields."""
+    stops = set(self.model_config.hf_eos_token_id or ())
+    if self.tokenizer is not None:
+        stops.add(self.tokenizer.eos_token_id)
+        stops |= set(getattr(self.tokenizer, "additional_stop_token_ids", None) or ())
+    admission.admit(result, process.served, frozenset(t for t in stops if t is not None))
+
+
+def forward_batch(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER ForwardBatch.init_new: which rows carry length fields."""
+    if process.worker is None:
+        return
+    from lenvm_sglang.worker import LengthRows
+
+    decode = batch.forward_mode.is_decode()
+    index, states, draws = [], [], []
+    for i, req in enumerate(batch.reqs):
+        state = admission.state_of(req)
+        if state is None:
+            continue
+        index.append(i)
+        states.append(state)
+        if not decode:
+            state.prompt_tokens = len(req.origin_input_ids)  # the host may have truncated it since admission
+        whole = decode or req.extend_end == len(req.full_untruncated_fill_ids)
+        draws.append(whole and req.sampling_params.max_new_tokens != 0)
+    result.lenvm_rows = LengthRows(index, states, draws) if index else None
+
+
+def model_forward(result: Any, self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER ModelRunner.forward: value KV of what the base model just read, and the prompt boundary's prediction."""
+    rows = getattr(forward_batch, "lenvm_rows", None)
+    processor = getattr(self, "lenvm_processor", None)
+    if rows is not None and processor is not None:
+        forward_batch.lenvm_at_prompt = processor.follow(forward_batch, rows)
+
+
+def model_sample(original: Callable[..., Any], self: Any, logits_output: Any, forward_batch: Any) -> Any:
+    """AROUND ModelRunner.sample: the frame of one sampling step."""
+    rows = getattr(forward_batch, "lenvm_rows", None)
+    processor = getattr(self, "lenvm_processor", None)
+    if rows is None or processor is None:
+        return original(self, logits_output, forward_batch)
+    from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB
+    from sglang.srt.managers.auxiliary_output import append_auxiliary_output
+
+    step = processor.begin(
+        forward_batch, rows, logits_output.next_token_logits, scale_logprobs=not SGLANG_RETURN_ORIGINAL_LOGPROB
+    )
+    process.step = step
+    try:
+        token_ids = original(self, logits_output, forward_batch)
+    finally:
+        process.step = None
+    if step.steered is not None and step.index is None:
+        raise RuntimeError("lenvm: the host's sampler did not pass through Sampler._preprocess_logits.")
+    processor.watch(step, token_ids)
+    for output in (forward_batch.lenvm_at_prompt, *step.outputs):
+        current = logits_output.auxiliary_device_output
+        logits_output.auxiliary_device_output = append_auxiliary_output(current, output)
+    return token_ids
+
+
+def preprocess_logits(result: Any, self: Any, logits: Any, sampling_info: Any) -> None:
+    """AFTER Sampler._preprocess_logits: steer, if this is the tensor that is sampled from and not a copy."""
+    step = process.step
+    if step is not None and step.logits is logits:
+        step.processor.steer(step)
+
+
+def compute_logprobs(self: Any, logprobs: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE OutputLogprobProcessor.compute_logprobs: the base model's log-probabilities in steered rows."""
+    step = process.step
+    if step is not None and step.base_logprobs is not None:
+        logprobs[step.index] = step.base_logprobs.to(logprobs.dtype)
+
+
+# ----- the table ----------------------------------------------------------------------------------------------------
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager."
+_POOL = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator."
+_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner."
+
+HOOKS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("sglang.srt.server_args.ServerArgs.add_cli_args", "AFTER", add_cli_args),
+    ("sglang.srt.server_args.ServerArgs.from_cli_args", "AFTER", from_cli_args),
+    ("sglang.srt.entrypoints.engine.Engine._launch_subprocesses", "AROUND", launch_subprocesses),
+    ("sglang.srt.entrypoints.http_server._setup_and_run_http_server", "AROUND", setup_http),
+    ("sglang.srt.sampling.sampling_params.SamplingParams.verify", "AFTER", verify_sampling_params),
+    (_TOKENIZER + "generate_request", "AROUND", generate_request),
+    (_TOKENIZER + "update_request_meta_info", "AROUND", update_meta_info),
+    (_TOKENIZER + "_send_one_request", "BEFORE", send_one_request),
+    (_SCHEDULER + "maybe_init_draft_worker", "AFTER", load_value_model),
+    (_POOL + "_compute_cell_size", "AFTER", add_cell_size),
+    (_POOL + "__init__", "AFTER", add_scratch),
+    (_SCHEDULER + "init_memory_pools", "AFTER", allocate_pools),
+    (_SCHEDULER + "init_all_attention_backends", "AFTER", build_backends),
+    (_SCHEDULER + "get_output_streamer_class", "AFTER", output_streamer_class),
+    (_SCHEDULER + "get_init_info", "AFTER", init_info),
+    (_SCHEDULER + "_create_generation_req", "AFTER", create_request),
+    ("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", forward_batch),
+    (_RUNNER + "forward", "AFTER", model_forward),
+    (_RUNNER + "sample", "AROUND", model_sample),
+    ("sglang.srt.layers.sampler.Sampler._preprocess_logits", "AFTER", preprocess_logits),
+    ("sglang.srt.layers.logprob_processor.OutputLogprobProcessor.compute_logprobs", "BEFORE", compute_logprobs),
+)
+"""(target, kind, hook): all that is taken hold of."""
+
+
+def install() -> None:
+    """Register every hook, after checking that this host has what they take hold of.
+
+    Raises:
+        SeamError: unknown version, or a missing target.
+    """
+    import sglang
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if sglang.__version__ not in SUPPORTED_HOSTS:
+        raise SeamError(
+            f"lenvm_sglang works with SGLang {', '.join(SUPPORTED_HOSTS)}, this is {sglang.__version__}; install one of "
+            "those, or set LENVM_SGLANG_DISABLE=1 to serve without length control."
+        )
+    for target, kind, hook in HOOKS:
+        try:
+            pkgutil.resolve_name(target)
+        except (ImportError, AttributeError) as error:
+            raise SeamError(f"SGLang {sglang.__version__} has no {target} ({error}); lenvm_sglang cannot hook it.") from error
+        HookRegistry.register(target, hook, HookType[kind])
+    from sglang.srt.entrypoints.engine import Engine
+
+    Engine.server_args_class = staticmethod(build_server_args)
+
+
+def verify() -> None:
+    """Check that every hook is in place.
+
+    Raises:
+        SeamError: naming the ones that are not.
+    """
+    missing = [target for target, _, hook in HOOKS if not _wraps(pkgutil.resolve_name(target), hook)]
+    if missing:
+        raise SeamError(f"these hooks did not take, so the server would ignore length fields: {', '.join(missing)}.")
+
+
+def _wraps(function: Any, hook: Callable[..., Any]) -> bool:
+    """Whether `hook` is in a function's chain of wrappers (each keeps its hook in its closure)."""
+    function = getattr(function, "__func__", function)
+    while function is not None:
+        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        if hook in [c for c in cells if callable(c)]:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False

@@ -1,0 +1,199 @@
+"""The plug-in's flags, and every reason to refuse a start: checked in the launcher, before any process is spawned."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lenvm.format import ARCHITECTURE_SUFFIX, LenvmConfig, read_lenvm_config
+
+DEFAULT_MAX_CANDIDATES = 16
+MAX_CANDIDATES_LIMIT = 256
+ATTRIBUTE = "_lenvm"
+"""Where the settings ride on SGLang's ServerArgs. A name that begins with an underscore and is no field of the record
+is bookkeeping there: it may be set at any time and travels to the child processes."""
+
+
+class StartError(RuntimeError):
+    """The server must not start; the message is one sentence for the operator."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`--lenvm-model` and `--lenvm-max-candidates`.
+
+    Attributes:
+        model: directory of the length value model.
+        max_candidates: K, the most candidates of a token that are scored.
+    """
+
+    model: str
+    max_candidates: int = DEFAULT_MAX_CANDIDATES
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.max_candidates <= MAX_CANDIDATES_LIMIT:
+            raise StartError(
+                f"--lenvm-max-candidates must be between 2 and {MAX_CANDIDATES_LIMIT}, got {self.max_candidates}."
+            )
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the plug-in's flags to the launcher's parser."""
+    group = parser.add_argument_group("lenvm", "length prediction and control")
+    group.add_argument(
+        "--lenvm-model",
+        type=str,
+        default=None,
+        metavar="DIR",
+        help="Serve this length value model beside the base model and accept the length_* request fields.",
+    )
+    group.add_argument(
+        "--lenvm-max-candidates",
+        type=int,
+        default=None,
+        metavar="K",
+        help=f"Most candidates of a token that the length value model scores (default {DEFAULT_MAX_CANDIDATES}).",
+    )
+
+
+def settings_from(model: str | None, max_candidates: int | None) -> Settings | None:
+    """Settings of the two flags; None without a model.
+
+    Raises:
+        StartError: a bad value, or the second flag without the first.
+    """
+    if model is None:
+        if max_candidates is not None:
+            raise StartError("--lenvm-max-candidates needs --lenvm-model; give the length value model's directory.")
+        return None
+    return Settings(model, DEFAULT_MAX_CANDIDATES if max_candidates is None else max_candidates)
+
+
+def attach(server_args: Any, settings: Settings | None) -> None:
+    """Put the settings on the host's ServerArgs, as plain values that any process can unpickle."""
+    setattr(server_args, ATTRIBUTE, None if settings is None else asdict(settings))
+
+
+def settings_of(server_args: Any) -> Settings | None:
+    """The settings of a host process; None where no LenVM is served."""
+    values = getattr(server_args, ATTRIBUTE, None)
+    return None if values is None else Settings(**values)
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A host setting that is not supported beside a LenVM, and what to do instead."""
+
+    field: str
+    allowed: tuple[Any, ...]
+    remedy: str
+
+
+REFUSALS = (
+    _Refusal("pp_size", (1,), "run without pipeline parallelism (--pp-size 1)"),
+    _Refusal("speculative_algorithm", (None,), "drop --speculative-algorithm"),
+    _Refusal("attn_dp_size", (1,), "run without DP attention"),
+    _Refusal("dcp_size", (1,), "run without decode context parallelism"),
+    _Refusal("attn_cp_size", (1,), "run without context parallelism"),
+    _Refusal("disaggregation_mode", ("null", None), "run prefill and decode in one server"),
+    _Refusal("enable_hierarchical_cache", (False,), "drop --enable-hierarchical-cache"),
+    _Refusal("enable_lmcache", (False,), "drop --enable-lmcache"),
+    _Refusal("enable_unified_memory", (False,), "drop --enable-unified-memory"),
+    _Refusal("enable_unified_cache_external_linker", (False,), "drop --enable-unified-cache-external-linker"),
+    _Refusal("enable_hisparse", (False,), "drop --enable-hisparse"),
+    _Refusal("page_size", (1, None), "run with --page-size 1"),
+    _Refusal("enable_mixed_chunk", (False,), "drop --enable-mixed-chunk"),
+    _Refusal("enable_pdmux", (False,), "drop --enable-pdmux"),
+    _Refusal("enable_two_batch_overlap", (False,), "drop --enable-two-batch-overlap"),
+    _Refusal("dllm_algorithm", (None,), "serve an autoregressive model"),
+    _Refusal("elastic_ep_backend", (None,), "drop --elastic-ep-backend"),
+    _Refusal("enable_session_radix_cache", (False,), "drop --enable-session-radix-cache"),
+    _Refusal("enable_streaming_session", (False,), "drop --enable-streaming-session"),
+    _Refusal("enable_lora", (None, False), "merge the adapter into the base model"),
+    _Refusal("tokenizer_worker_num", (1,), "run with --tokenizer-worker-num 1"),
+    _Refusal("skip_tokenizer_init", (False,), "drop --skip-tokenizer-init"),
+    _Refusal("enable_http2", (False,), "use HTTP/1.1"),
+    _Refusal("smg_grpc_mode", (False,), "use the HTTP server"),
+    _Refusal("grpc_mode", (False,), "use the HTTP server"),
+    _Refusal("grpc_port", (None,), "use the HTTP server"),
+    _Refusal("use_ray", (False,), "drop --use-ray"),
+    _Refusal("encoder_only", (False,), "serve the whole model"),
+    _Refusal("language_only", (False,), "serve the whole model"),
+    _Refusal("rl_on_policy_target", (None,), "drop --rl-on-policy-target"),
+)
+"""Settings that are refused until they are built and tested."""
+
+
+def refuse_settings(resolved: Any) -> None:
+    """Compare the host's resolved settings with `REFUSALS`.
+
+    Raises:
+        StartError: naming the setting, its value, and what to do.
+    """
+    for refusal in REFUSALS:
+        value = getattr(resolved, refusal.field)
+        if value not in refusal.allowed:
+            raise StartError(
+                f"--lenvm-model does not work together with {refusal.field}={value!r} yet; {refusal.remedy}, "
+                "or start without --lenvm-model."
+            )
+
+
+def check_checkpoint(settings: Settings, base_path: str, context_length: int) -> LenvmConfig:
+    """Read the LenVM's config and compare it with the base model.
+
+    Raises:
+        StartError: not a length value model, another tokenizer, or a shorter context than the server's.
+    """
+    from lenvm.format import LenvmFormatError
+
+    try:
+        lenvm = read_lenvm_config(settings.model)
+    except LenvmFormatError as error:
+        raise StartError(str(error)) from None
+    config = json.loads((Path(settings.model) / "config.json").read_text(encoding="utf-8"))
+    architectures = config.get("architectures") or []
+    if len(architectures) != 1 or not architectures[0].endswith(ARCHITECTURE_SUFFIX):
+        raise StartError(
+            f"{settings.model} names the architectures {architectures}; a length value model names exactly one, "
+            f"which ends in {ARCHITECTURE_SUFFIX}."
+        )
+    text = config.get("text_config", config)
+    longest = text.get("max_position_embeddings")
+    if longest is not None and longest < context_length and not text.get("rope_scaling"):
+        raise StartError(
+            f"the length value model {settings.model} reads at most {longest} tokens and the server's context is "
+            f"{context_length}; start with --context-length {longest} or train one with a longer context."
+        )
+    compare_tokenizers(settings.model, base_path)
+    return lenvm
+
+
+def compare_tokenizers(lenvm_path: str, base_path: str) -> None:
+    """Refuse a LenVM whose token ids mean something else than the base model's.
+
+    Raises:
+        StartError: naming the first difference.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        ours = AutoTokenizer.from_pretrained(lenvm_path).get_vocab()
+    except Exception as error:
+        raise StartError(
+            f"the length value model {lenvm_path} has no readable tokenizer ({type(error).__name__}: {error}); "
+            "copy the base model's tokenizer files into it."
+        ) from None
+    theirs = AutoTokenizer.from_pretrained(base_path).get_vocab()
+    if ours == theirs:
+        return
+    different = sorted((t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t)), key=lambda t: theirs.get(t, -1))
+    example = different[0]
+    raise StartError(
+        f"the length value model {lenvm_path} was trained with another tokenizer than {base_path}: {len(different)} "
+        f"tokens differ, for example {example!r} is {ours.get(example)} there and {theirs.get(example)} in the base "
+        "model; train a length value model for this base model."
+    )

@@ -1,0 +1,136 @@
+"""What the scheduler knows of requests that carry length fields: one object a request, one table row a running one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lenvm.candidates import SamplingRows
+from lenvm.guidance import GuidanceRows
+from lenvm.request import LengthRequest
+
+_INT_COLUMNS = ("mode", "control", "target", "prompt", "seed", "top_k", "strict", "greedy")
+_FLOAT_COLUMNS = ("sharpness", "tolerance", "bias", "temperature", "top_p", "min_p")
+
+
+@dataclass
+class RequestState:
+    """A request with length fields. It hangs on the host's request object and lives exactly as long.
+
+    Attributes:
+        request: the validated fields.
+        prompt_tokens: length of the prompt; tokens emitted so far are derived from it (never counted), so that a
+            retraction cannot put them out of step.
+        seed: int64 key of the draw's noise.
+        stop_token_ids: ids that end the answer; empty under `ignore_eos`.
+        temperature, top_k, top_p, min_p: the base model's own sampling settings.
+        greedy: the host would take the arg max (temperature 0).
+        predicted_length: expected completion length at the prompt boundary, in tokens; None until the prompt was read.
+        values: predicted remaining length after each committed token, in tokens.
+        reported: how many of `values` have been sent to the front end.
+    """
+
+    request: LengthRequest
+    prompt_tokens: int
+    seed: int
+    stop_token_ids: tuple[int, ...]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    greedy: bool
+    predicted_length: float | None = None
+    values: list[float] = field(default_factory=list)
+    reported: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.prompt_tokens >= 1, f"a prompt has at least one token, got {self.prompt_tokens}"
+        assert self.temperature > 0, f"a greedy row gets temperature 1, got {self.temperature}"
+        assert -(2**63) <= self.seed < 2**63, f"seeds are int64, got {self.seed}"
+
+    def take_report(self) -> dict[str, object]:
+        """What the front end has not heard yet."""
+        assert 0 <= self.reported <= len(self.values)
+        fresh, self.reported = self.values[self.reported :], len(self.values)
+        return {"predicted_length": self.predicted_length, "values": fresh}
+
+
+def draw_seed(request_seed: int | None, sample: int, rid: str) -> int:
+    """The key of a request's noise, the same on every rank.
+
+    Args:
+        request_seed: the client's `seed`; None makes the draw depend on the request's id, which is random unless the
+            client chose it.
+        sample: which of the `n` answers this is.
+        rid: the host's request id.
+    """
+    key = rid if request_seed is None else f"{request_seed}/{sample}"
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+class RowParameters(NamedTuple):
+    """Parameters of R rows on the device."""
+
+    guidance: GuidanceRows
+    sampling: SamplingRows
+    stop_token_ids: Tensor  # [R, S] int64, padded with -1
+    seed: Tensor  # [R] int64
+    greedy: Tensor  # [R] bool
+
+
+class RowTable:
+    """Parameters of running requests on the device, one row for each slot of the host's request pool.
+
+    A row is written when its request is prefilled and read at every step by index: no per-step host work. Rows of
+    finished requests are simply overwritten by the slot's next owner.
+    """
+
+    def __init__(self, rows: int, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.ints = torch.zeros(rows, len(_INT_COLUMNS), dtype=torch.int64, device=device)
+        self.floats = torch.zeros(rows, len(_FLOAT_COLUMNS), dtype=torch.float32, device=device)
+        self.stops = torch.full((rows, 4), -1, dtype=torch.int64, device=device)
+
+    def write(self, slots: Tensor, states: Sequence[RequestState]) -> None:
+        """Set the rows of `slots` [R] int64 to the parameters of R requests."""
+        width = max(len(s.stop_token_ids) for s in states)
+        if width > self.stops.shape[1]:
+            self.stops = torch.nn.functional.pad(self.stops, (0, width - self.stops.shape[1]), value=-1)
+        ints, floats, stops = [], [], []
+        for s in states:
+            r = s.request
+            ints.append((int(r.mode_code), int(r.control_code), r.target or 0, s.prompt_tokens, s.seed, s.top_k,
+                         int(r.strict), int(s.greedy)))  # fmt: skip
+            floats.append((r.sharpness, r.tolerance, r.bias or 0.0, s.temperature, s.top_p, s.min_p))
+            stops.append(s.stop_token_ids + (-1,) * (self.stops.shape[1] - len(s.stop_token_ids)))
+        self.ints[slots] = to_device(ints, torch.int64, self.device)
+        self.floats[slots] = to_device(floats, torch.float32, self.device)
+        self.stops[slots] = to_device(stops, torch.int64, self.device)
+
+    def read(self, slots: Tensor, sequence_lengths: Tensor) -> RowParameters:
+        """Parameters of the rows `slots` [R], whose sequences are `sequence_lengths` [R] tokens long by now."""
+        i = dict(zip(_INT_COLUMNS, self.ints[slots].unbind(-1), strict=True))
+        f = dict(zip(_FLOAT_COLUMNS, self.floats[slots].unbind(-1), strict=True))
+        guidance = GuidanceRows(
+            mode=i["mode"],
+            control=i["control"],
+            target=i["target"],
+            emitted=sequence_lengths.long() - i["prompt"],
+            sharpness=f["sharpness"],
+            tolerance=f["tolerance"],
+            strict=i["strict"] > 0,
+            bias=f["bias"],
+        )
+        sampling = SamplingRows(temperature=f["temperature"], top_k=i["top_k"], top_p=f["top_p"], min_p=f["min_p"])
+        return RowParameters(guidance, sampling, self.stops[slots], i["seed"], i["greedy"] > 0)
+
+
+def to_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host numbers to a device tensor without waiting for the device."""
+    pin = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=pin).to(device, non_blocking=True)

@@ -1,0 +1,331 @@
+"""The value model beside the base model: its runner, its KV cache and its two kinds of forward.
+
+KV bookkeeping in one paragraph. The value model's KV pool is addressed by the **base model's slot ids**, so prefix
+reuse, chunked prefill, retraction and abort need no bookkeeping of ours: whatever slot the host gives a token, the value
+KV of that token lives in the same slot. Behind them lie scratch slots, K for each row of the host's request pool. A
+candidate forward writes the KV of a row's K candidates there; `remember` notes which one was chosen, and when the host
+feeds that token in its next step, `follow` copies the KV to the slot the token got. Requests with length fields have a
+radix-tree namespace of their own (`lenvm_sglang.admission`), so that a reused prefix always has value KV, and requests
+without length fields are neither prefilled nor scored here.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lenvm.candidates import Candidates
+from lenvm.format import LenvmConfig, read_lenvm_config
+from lenvm.guidance import Scores
+from lenvm_sglang.attention import SharedPrefixBackend
+from lenvm_sglang.model import register_architecture
+from lenvm_sglang.settings import Settings, StartError
+from lenvm_sglang.state import RequestState, RowTable, to_device
+
+logger = logging.getLogger(__name__)
+
+VIRTUAL_ROWS = 1024
+"""Most candidate rows of one forward where the host's attention needs a request table for them (its size is this many
+times the context length)."""
+MOST_REQUESTS = 4096
+"""The host's own upper bound of running requests where none is set: what scratch is budgeted for before it is known."""
+
+
+@dataclass(frozen=True)
+class LengthRows:
+    """The rows of one batch that carry length fields.
+
+    Attributes:
+        index: positions in the batch, ascending.
+        states: their request objects.
+        draws: for each, whether a token is drawn after this forward (not from all but the last chunk of a chunked
+            prefill, nor from a request that only reads its prompt).
+    """
+
+    index: list[int]
+    states: list[RequestState]
+    draws: list[bool]
+
+    def __post_init__(self) -> None:
+        assert len(self.index) == len(self.states) == len(self.draws) > 0
+
+    def drawing(self, steered: bool) -> LengthRows | None:
+        """The rows that draw a token and are (not) steered; None if there are none."""
+        keep = [i for i, s in enumerate(self.states) if self.draws[i] and s.request.steers == steered]
+        if not keep:
+            return None
+        return LengthRows([self.index[i] for i in keep], [self.states[i] for i in keep], [True] * len(keep))
+
+
+class ValueWorker:
+    """Owns the value model in one scheduler process."""
+
+    def __init__(self, scheduler: Any, settings: Settings) -> None:
+        from sglang.srt.configs.model_config import ModelConfig
+        from sglang.srt.model_executor.model_runner import ModelRunner
+        from sglang.srt.runtime_context import get_device, get_schedule
+
+        self.settings = settings
+        self.lenvm: LenvmConfig = read_lenvm_config(settings.model)
+        self.base = scheduler.tp_worker.model_runner
+        register_architecture(architecture_of(settings.model))
+        config = ModelConfig.from_server_args(
+            scheduler.server_args,
+            model_path=settings.model,
+            model_revision=None,
+            is_draft_model=True,
+            context_length=self.base.model_config.context_len,
+        )
+        self.runner = ModelRunner(
+            model_config=config,
+            mem_fraction_static=get_schedule().mem_fraction_static,
+            gpu_id=get_device().gpu_id,
+            nccl_port=scheduler.nccl_port,
+            server_args=scheduler.server_args,
+            is_draft_worker=True,
+        )
+        self.width = min(settings.max_candidates, self.base.model_config.vocab_size)
+        self.prefill_tokens = 0
+        self.scored_rows = 0
+        logger.info("lenvm: %s loaded from %s", type(self.runner.model).__name__, settings.model)
+
+    def info(self) -> dict[str, Any]:
+        """What `GET /lenvm/info` says of the value model."""
+        return {
+            "model": self.settings.model,
+            "architecture": architecture_of(self.settings.model),
+            "max_candidates": self.width,
+            "gamma": self.lenvm.gamma,
+            "heads": list(self.lenvm.heads),
+            "bins": list(self.lenvm.bins),
+            "base_model": self.lenvm.base_model,
+            "format": self.lenvm.format,
+        }
+
+    # ----- memory ---------------------------------------------------------------------------------------------------
+
+    def bytes_per_token(self) -> int:
+        """Value KV of one token, for the host's KV budget."""
+        from sglang.srt.runtime_context import get_parallel
+
+        config = self.runner.model_config
+        heads = config.get_num_kv_heads(get_parallel().attn_tp_size)
+        element = torch._utils._element_size(self.base.kv_cache_dtype)
+        return 2 * heads * config.head_dim * config.num_hidden_layers * element
+
+    def scratch_bytes(self, max_requests: int | None) -> int:
+        """Value KV of the candidates, for the host's KV budget."""
+        return (max_requests or MOST_REQUESTS) * self.width * self.bytes_per_token()
+
+    def allocate(self) -> None:
+        """Make the value KV pool and the parameter table, once the base's pools exist.
+
+        Raises:
+            StartError: the base's KV cache is of a kind whose slots the value model cannot share.
+        """
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+        from sglang.srt.runtime_context import get_parallel
+
+        base, runner = self.base, self.runner
+        allocator = type(base.token_to_kv_pool_allocator).__name__
+        if allocator != "TokenToKVPoolAllocator" or base.token_to_kv_pool.page_size != 1:
+            raise StartError(
+                f"--lenvm-model needs a base model whose KV cache is one plain token pool, got {allocator} with pages "
+                f"of {base.token_to_kv_pool.page_size}; serve a base model without sliding-window or recurrent layers."
+            )
+        slots = base.token_to_kv_pool.size + 1  # slot 0 is the host's dump for padded rows
+        self.request_rows = base.req_to_token_pool.req_to_token.shape[0]
+        self.scratch = slots
+        config = runner.model_config
+        self.pool = MHATokenToKVPool(
+            slots + self.request_rows * self.width,
+            page_size=1,
+            dtype=base.kv_cache_dtype,
+            head_num=config.get_num_kv_heads(get_parallel().attn_tp_size),
+            head_dim=config.head_dim,
+            layer_num=config.num_hidden_layers,
+            device=base.device,
+            enable_memory_saver=False,
+        )
+        device = base.req_to_token_pool.req_to_token.device
+        self.table = RowTable(self.request_rows, device)
+        self.chosen = torch.zeros(self.request_rows, dtype=torch.int64, device=device)
+        self.slot_of_candidate = torch.arange(self.width, device=device)
+        logger.info(
+            "lenvm: value KV pool of %d slots (%d of them scratch), %.1f MB",
+            self.pool.size,
+            self.request_rows * self.width,
+            self.pool.size * self.bytes_per_token() / 2**20,
+        )
+
+    def build_backends(self) -> None:
+        """Attention of the two kinds of forward: whole sequences, and candidate rows."""
+        base, runner = self.base, self.runner
+        runner.token_to_kv_pool = self.pool
+        runner.token_to_kv_pool_allocator = base.token_to_kv_pool_allocator
+        runner.req_to_token_pool = base.req_to_token_pool
+        runner.max_running_requests = base.max_running_requests
+        runner.max_total_num_tokens = base.max_total_num_tokens
+        runner.init_kv_index_translator()
+        runner.init_attention_backends()
+        self.sequences = runner.attn_backend
+        self.virtual: Tensor | None = None
+        if runner.decode_attention_backend_str == "torch_native" and plain_attention(runner.model):
+            self.candidates: Any = SharedPrefixBackend(self.pool, base.req_to_token_pool)
+            return
+        # The host's backend reads a row's slots from a request table, so candidate rows get one of their own.
+        real = base.req_to_token_pool.req_to_token
+        self.virtual = torch.zeros(VIRTUAL_ROWS, real.shape[1], dtype=real.dtype, device=real.device)
+        pool = copy.copy(base.req_to_token_pool)
+        pool.req_to_token, pool.size = self.virtual, VIRTUAL_ROWS
+        runner.req_to_token_pool = pool
+        runner.init_kv_index_translator()
+        runner.init_attention_backends()
+        self.candidates = runner.attn_backend
+
+    # ----- forwards -------------------------------------------------------------------------------------------------
+
+    def follow(self, batch: Any, rows: LengthRows) -> Scores | None:
+        """Give the tokens that the base model just read their value KV.
+
+        Args:
+            batch: the host's forward batch, after its forward.
+            rows: its rows with length fields.
+
+        Returns:
+            For a prefill, scores of each row's last token ([len(rows)]); None for a decode step.
+        """
+        index = to_device(rows.index, torch.int64, batch.seq_lens.device)
+        slots = batch.req_pool_indices[index].long()
+        if batch.forward_mode.is_decode():
+            source = self.scratch + slots * self.width + self.chosen[slots]
+            target = batch.out_cache_loc[index].long()
+            for key, value in zip(self.pool.k_buffer, self.pool.v_buffer, strict=True):
+                key[target] = key[source]
+                value[target] = value[source]
+            return None
+        self.table.write(slots, rows.states)
+        part = select_rows(batch, rows.index, index)
+        self.prefill_tokens += part.extend_num_tokens
+        self.sequences.init_forward_metadata(part)
+        hidden = self._forward(part, self.sequences)
+        last = to_device(list(accumulate(part.extend_seq_lens_cpu)), torch.int64, hidden.device) - 1
+        return self.runner.model.scores(hidden[last])
+
+    def score(self, slots: Tensor, sequence_lengths: Tensor, longest: int, candidates: Candidates) -> Scores:
+        """Scores of the states after each candidate, from one forward of R x K rows; their KV stays in scratch.
+
+        Args:
+            slots: [R] int64 rows of the host's request pool.
+            sequence_lengths: [R] tokens read so far.
+            longest: the largest of them, on the host.
+            candidates: [R, K'] with K' <= K.
+        """
+        rows, width = candidates.token_ids.shape
+        self.scored_rows += rows
+        step = rows if self.virtual is None else VIRTUAL_ROWS // width
+        parts = [
+            self._score_part(slots[i : i + step], sequence_lengths[i : i + step], longest, candidates.token_ids[i : i + step])
+            for i in range(0, rows, step)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        log_q = [p.length_log_q for p in parts if p.length_log_q is not None]
+        return Scores(torch.cat([p.z for p in parts]), torch.cat(log_q) if log_q else None)
+
+    def _score_part(self, slots: Tensor, sequence_lengths: Tensor, longest: int, token_ids: Tensor) -> Scores:
+        rows, width = token_ids.shape
+        scratch = self.scratch + slots[:, None] * self.width + self.slot_of_candidate[:width]  # [R, K']
+        positions = sequence_lengths.long()[:, None].expand(rows, width)
+        batch = decode_batch(token_ids.reshape(-1), positions.reshape(-1), scratch.reshape(-1))
+        if self.virtual is None:
+            self.candidates.prepare(slots, sequence_lengths, longest, width)
+        else:
+            real = self.base.req_to_token_pool.req_to_token
+            table = self.virtual[: rows * width]
+            table[:, :longest] = real[slots, :longest].repeat_interleave(width, dim=0)
+            table.scatter_(1, positions.reshape(-1, 1), scratch.reshape(-1, 1).to(table.dtype))
+            batch.req_pool_indices = torch.arange(rows * width, device=slots.device)
+            self.candidates.init_forward_metadata(batch)
+        hidden = self._forward(batch, self.candidates)
+        return self.runner.model.scores(hidden.view(rows, width, -1))
+
+    def remember(self, slots: Tensor, choice: Tensor) -> None:
+        """Note the chosen candidate [R] of each row; its KV is kept by the next `follow`."""
+        self.chosen[slots] = choice
+
+    def _forward(self, batch: Any, backend: Any) -> Tensor:
+        from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+        with forward_context(ForwardContext(attn_backend=backend)), torch.no_grad():
+            return self.runner.model.forward(batch.input_ids, batch.positions, batch)
+
+
+def architecture_of(directory: str) -> str:
+    """The architecture that a checkpoint's config names."""
+    import json
+    from pathlib import Path
+
+    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    return config["architectures"][0]
+
+
+def plain_attention(model: torch.nn.Module) -> bool:
+    """Whether every attention layer is full, causal and uncapped, which is what `SharedPrefixBackend` computes."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layers = [m for m in model.modules() if isinstance(m, RadixAttention)]
+    return bool(layers) and not any(
+        layer.is_cross_attention or layer.logit_cap or (layer.sliding_window_size or -1) > -1 for layer in layers
+    )
+
+
+def select_rows(batch: Any, rows: Sequence[int], index: Tensor) -> Any:
+    """The part of a prefill batch that holds `rows`, without anything that concerns logits or sampling."""
+    part = copy.copy(batch)
+    part.sampling_info = part.mm_inputs = part.spec_info = part.lora_ids = None
+    part.return_logprob = False
+    part.next_token_logits_buffer = None
+    if len(rows) == batch.batch_size:
+        return part
+    lengths = batch.extend_seq_lens_cpu
+    starts = [0, *accumulate(lengths)]
+    tokens = to_device([t for r in rows for t in range(starts[r], starts[r] + lengths[r])], torch.int64, index.device)
+    part.batch_size = len(rows)
+    for name in ("input_ids", "positions", "out_cache_loc"):
+        setattr(part, name, getattr(batch, name)[tokens])
+    for name in ("req_pool_indices", "seq_lens", "extend_seq_lens", "extend_prefix_lens", "orig_seq_lens"):
+        value = getattr(batch, name)
+        setattr(part, name, None if value is None else value[index])
+    for name in ("extend_seq_lens_cpu", "extend_prefix_lens_cpu", "rids"):
+        value = getattr(batch, name)
+        setattr(part, name, None if value is None else [value[r] for r in rows])
+    if batch.seq_lens_cpu is not None:
+        part.seq_lens_cpu = batch.seq_lens_cpu[list(rows)]
+        part.seq_lens_sum = int(part.seq_lens_cpu.sum())
+    part.extend_num_tokens = sum(part.extend_seq_lens_cpu)
+    part.extend_start_loc = torch.cumsum(part.extend_seq_lens, 0) - part.extend_seq_lens
+    return part
+
+
+def decode_batch(input_ids: Tensor, positions: Tensor, slots: Tensor) -> Any:
+    """A decode batch of candidate rows, [N] each: tokens, positions, and the slots their KV goes to."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+    return ForwardBatch(
+        forward_mode=ForwardMode.DECODE,
+        batch_size=input_ids.shape[0],
+        input_ids=input_ids,
+        req_pool_indices=slots,  # overwritten where a backend reads it
+        seq_lens=positions + 1,
+        out_cache_loc=slots,
+        seq_lens_sum=None,  # type: ignore[arg-type]
+        positions=positions,
+    )
