@@ -88,13 +88,16 @@ def check_companions(request: LengthRequest, *, beam_width: int | None = None, s
     Raises:
         LengthFieldError: naming both.
     """
-    name = "length_target" if request.target is not None else "length_bias" if request.bias is not None else "return_length_values"
+    name = "return_length_values"
+    if request.steers:
+        name = "length_bias" if request.target is None else "length_target"
     if beam_width is not None and beam_width > 1:
         raise LengthFieldError(name, f"{name} does not work with beam search; drop beam_width {beam_width}.")
     if request.strict and stops_on_text:
         raise LengthFieldError(
-            "length_strict", "length_strict cannot promise a length beside stop strings, which end an answer at any "
-            "token; drop stop or length_strict."
+            "length_strict",
+            "length_strict cannot promise a length beside stop strings, which end an answer at any "
+            "token; drop stop or length_strict.",
         )
     for field, value in (other or {}).items():
         if value:
@@ -182,7 +185,7 @@ def number_samples(tokenized: Any) -> None:
     The host sends the n copies one after the other with the same SamplingParams; the first of them (max_new_tokens 0)
     only warms the prefix cache.
     """
-    params = getattr(tokenized, "sampling_params", None)
+    params: Any = getattr(tokenized, "sampling_params", None)
     custom = getattr(params, "custom_params", None)
     if not isinstance(custom, dict) or params.sampling_seed is None or params.max_new_tokens == 0:
         return

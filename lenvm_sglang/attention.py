@@ -26,7 +26,9 @@ class CandidateLayout(NamedTuple):
     mask: Tensor
 
     @classmethod
-    def build(cls, table: Tensor, pool_rows: Tensor, prefix_lengths: Tensor, longest: int, width: int) -> CandidateLayout:
+    def build(
+        cls, table: Tensor, pool_rows: Tensor, prefix_lengths: Tensor, longest: int, width: int
+    ) -> CandidateLayout:
         """Args: table [*, context] slots of each request; pool_rows [R]; prefix_lengths [R] <= longest; width K."""
         columns = torch.arange(longest, device=table.device)
         inside = columns[None, :] < prefix_lengths[:, None]  # [R, L]

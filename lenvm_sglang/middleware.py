@@ -61,7 +61,9 @@ def _merge(outer: Fields, inner: Fields) -> Fields:
     """
     for name in outer.keys() & inner.keys():
         if outer[name] != inner[name]:
-            raise LengthFieldError(name, f"{name} is given twice, as {outer[name]!r} and as {inner[name]!r}; send one of them.")
+            raise LengthFieldError(
+                name, f"{name} is given twice, as {outer[name]!r} and as {inner[name]!r}; send one of them."
+            )
     return {**outer, **inner}
 
 
@@ -82,7 +84,11 @@ def _into_custom_params(target: Fields, given: Fields, served: bool, path: str, 
     request = parse_fields(fields, served)
     if request is None:
         return False
-    names = {CHAT: ("max_completion_tokens", "max_tokens"), COMPLETIONS: ("max_tokens",), GENERATE: ("max_new_tokens",)}[path]
+    names = {
+        CHAT: ("max_completion_tokens", "max_tokens"),
+        COMPLETIONS: ("max_tokens",),
+        GENERATE: ("max_new_tokens",),
+    }[path]
     max_tokens = next((target[n] for n in names if target.get(n) is not None), None)
     if max_tokens is None and (room := room_for(request, path)) is not None:
         target[names[0]] = room
@@ -95,8 +101,8 @@ def _into_custom_params(target: Fields, given: Fields, served: bool, path: str, 
     if request.target is not None and request.mode != "at_most" and request.target >= context_length:
         raise LengthFieldError(
             "length_target",
-            f"length_target {request.target} ({request.mode}) does not fit into the context of {context_length} tokens; "
-            "lower it.",
+            f"length_target {request.target} ({request.mode}) does not fit into the context of {context_length} "
+            "tokens; lower it.",
         )
     beam_width = target.get("beam_width")
     check_companions(
@@ -161,7 +167,11 @@ class LengthFieldsMiddleware:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         path = scope.get("path", "").rstrip("/")
         known = path in (CHAT, COMPLETIONS, GENERATE)
-        if scope["type"] != "http" or scope.get("method") not in ("POST", "PUT") or not (known or path in UNSUPPORTED_PATHS):
+        if (
+            scope["type"] != "http"
+            or scope.get("method") not in ("POST", "PUT")
+            or not (known or path in UNSUPPORTED_PATHS)
+        ):
             await self.app(scope, receive, send)
             return
         raw = await _read(receive)

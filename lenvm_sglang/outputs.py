@@ -16,6 +16,8 @@ from lenvm_sglang.state import RequestState
 
 REPORT_KEY = "lenvm"
 """Key of our entry in the host's customised metadata."""
+QUANTILES = (0.1, 0.5, 0.9)
+"""Quantiles of the completion length reported at the prompt boundary."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,9 @@ class LengthOutput:
     Attributes:
         index: positions of the rows in the batch.
         states: their request objects.
-        lengths: [len(index)] float32 tokens.
-        at_prompt: these are predictions at the prompt boundary, not after a token.
+        lengths: float32 tokens. After a token: [len(index)] predicted remaining length. At the prompt boundary:
+            [len(index), 4] predicted completion length, then its quantiles (`QUANTILES`).
+        at_prompt: which of the two.
     """
 
     index: list[int]
@@ -58,7 +61,7 @@ class HostLengthOutput:
         for row, state, length in zip(self.index, self.states, self.lengths.tolist(), strict=True):
             if self.at_prompt:
                 if state.predicted_length is None:
-                    state.predicted_length = length
+                    state.predicted_length, *state.quantiles = length
             elif commits[row] is not None:
                 state.values.append(length)
 

@@ -18,8 +18,9 @@ from lenvm.candidates import Candidates, build_candidates
 from lenvm.definitions import length_from_logit
 from lenvm.format import LenvmConfig
 from lenvm.guidance import Scores, guide, predicted_lengths, strict_bounds
+from lenvm.lognormal import lognormal_log_q
 from lenvm.sampler import draw
-from lenvm_sglang.outputs import LengthOutput
+from lenvm_sglang.outputs import QUANTILES, LengthOutput
 from lenvm_sglang.state import to_device
 from lenvm_sglang.worker import LengthRows, ValueWorker
 
@@ -77,7 +78,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         wanted = [i for i, state in enumerate(rows.states) if rows.draws[i] and state.predicted_length is None]
         if scores is None or not wanted:
             return None
-        lengths = expected_lengths(scores, self.worker.lenvm)[to_device(wanted, torch.int64, scores.z.device)]
+        lengths = prompt_lengths(scores, self.worker.lenvm)[to_device(wanted, torch.int64, scores.z.device)]
         return LengthOutput([rows.index[i] for i in wanted], [rows.states[i] for i in wanted], lengths, at_prompt=True)
 
     def begin(self, batch: Any, rows: LengthRows, logits: Tensor, scale_logprobs: bool) -> SamplingStep:
@@ -160,11 +161,19 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         step.outputs.append(LengthOutput(index, states, lengths, at_prompt=False))
 
 
-def expected_lengths(scores: Scores, lenvm: LenvmConfig) -> Tensor:
-    """Predicted remaining length of states, [...] float32 tokens."""
+def prompt_lengths(scores: Scores, lenvm: LenvmConfig) -> Tensor:
+    """Predicted completion length at R prompt boundaries and its quantiles, [R, 1 + len(QUANTILES)] float32 tokens.
+
+    From the length distribution; a value-only checkpoint gives the inverted value and the quantiles of the log-normal
+    around it.
+    """
     if scores.length_log_q is not None:
-        return lenvm.length_bins.expected(scores.length_log_q)
-    return length_from_logit(scores.z, lenvm.gamma)
+        log_q, bins = scores.length_log_q, lenvm.length_bins
+        expected = bins.expected(log_q)
+    else:
+        log_q, bins = lognormal_log_q(scores.z, lenvm)
+        expected = length_from_logit(scores.z, lenvm.gamma)
+    return torch.stack([expected, *(bins.quantile(log_q, p).float() for p in QUANTILES)], dim=-1)
 
 
 def narrow(candidates: Candidates, width: int) -> Candidates:

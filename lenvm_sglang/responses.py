@@ -12,10 +12,10 @@ from contextvars import ContextVar
 from typing import Any
 
 from lenvm.request import LengthRequest
-from lenvm_sglang.outputs import REPORT_KEY
+from lenvm_sglang.outputs import QUANTILES, REPORT_KEY
 
 Report = dict[str, Any]
-"""`{"predicted_length", "target", "mode", "achieved"}`, and `"values"` if they were asked for."""
+"""`{"predicted_length", "target", "mode", "achieved"}`; with `return_length_values` also "values" and "quantiles"."""
 
 collected: ContextVar[dict[int, Report] | None] = ContextVar("lenvm_collected", default=None)
 """Reports of the current HTTP request by choice index; None outside a request with length fields."""
@@ -35,10 +35,9 @@ def split_metadata(customized: Mapping[str, list[Any]], index: int) -> tuple[dic
 
 def accumulate(state: Any, reported: Report) -> None:
     """Add the scheduler's report to the front end's state of a request (values come in pieces while streaming)."""
-    kept = state.__dict__.setdefault("lenvm_report", {"predicted_length": None, "values": []})
+    kept = state.__dict__.setdefault("lenvm_report", {"values": []})
     kept["values"].extend(reported["values"])
-    if reported["predicted_length"] is not None:
-        kept["predicted_length"] = reported["predicted_length"]
+    kept["predicted_length"], kept["quantiles"] = reported["predicted_length"], reported["quantiles"]
 
 
 def final_report(state: Any, completion_tokens: int) -> Report | None:
@@ -48,15 +47,18 @@ def final_report(state: Any, completion_tokens: int) -> Report | None:
     request = LengthRequest.parse(custom) if isinstance(custom, dict) else None
     if request is None:
         return None
-    kept = state.__dict__.get("lenvm_report", {"predicted_length": None, "values": []})
+    kept = state.__dict__.get("lenvm_report", {})
     report: Report = {
-        "predicted_length": kept["predicted_length"],
+        "predicted_length": kept.get("predicted_length"),
         "target": request.target,
         "mode": request.mode if request.target is not None else None,
         "achieved": completion_tokens,
     }
     if request.return_values:
-        report["values"] = kept["values"]
+        report["values"] = kept.get("values", [])
+        report["quantiles"] = dict(
+            zip((f"p{round(100 * p)}" for p in QUANTILES), kept.get("quantiles", []), strict=False)
+        )
     return report
 
 

@@ -63,9 +63,7 @@ def from_cli_args(result: Any, cls: type, args: Any) -> None:
     """AFTER ServerArgs.from_cli_args: our settings ride on the result."""
     process.command_line = True
     try:
-        ours = settings.settings_from(
-            getattr(args, "lenvm_model", None), getattr(args, "lenvm_max_candidates", None)
-        )
+        ours = settings.settings_from(getattr(args, "lenvm_model", None), getattr(args, "lenvm_max_candidates", None))
         if ours is not None:
             verify()
     except (StartError, SeamError) as error:
@@ -96,7 +94,7 @@ def check_start(server_args: Any, ours: Settings) -> None:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.environ import envs
 
-    from lenvm_sglang.model import register_architecture
+    from lenvm_sglang.model import check_architecture
     from lenvm_sglang.worker import architecture_of
 
     server_args.resolve_once()
@@ -108,7 +106,7 @@ def check_start(server_args: Any, ours: Settings) -> None:
     if base.is_multimodal:
         raise StartError("--lenvm-model does not serve multimodal base models yet; serve a text model.")
     settings.check_checkpoint(ours, resolved.tokenizer_path or resolved.model_path, base.context_len)
-    register_architecture(architecture_of(ours.model))
+    check_architecture(architecture_of(ours.model))
 
 
 def setup_http(original: Callable[..., Any], server_args: Any, tokenizer_manager: Any, template_manager: Any,
@@ -150,7 +148,9 @@ def verify_sampling_params(result: None, self: Any, *args: Any, **kwargs: Any) -
     admission.check_sampling_params(self, process.served)
 
 
-async def generate_request(original: Callable[..., Any], self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+async def generate_request(
+    original: Callable[..., Any], self: Any, obj: Any, request: Any = None
+) -> AsyncIterator[Any]:
     """AROUND TokenizerManager.generate_request: fields of Engine calls in, reports out."""
     from sglang.srt.managers.io_struct import GenerateReqInput
 
@@ -368,14 +368,16 @@ def install() -> None:
 
     if sglang.__version__ not in SUPPORTED_HOSTS:
         raise SeamError(
-            f"lenvm_sglang works with SGLang {', '.join(SUPPORTED_HOSTS)}, this is {sglang.__version__}; install one of "
-            "those, or set LENVM_SGLANG_DISABLE=1 to serve without length control."
+            f"lenvm_sglang works with SGLang {', '.join(SUPPORTED_HOSTS)}, this is {sglang.__version__}; install one "
+            "of those, or set LENVM_SGLANG_DISABLE=1 to serve without length control."
         )
     for target, kind, hook in HOOKS:
         try:
             pkgutil.resolve_name(target)
         except (ImportError, AttributeError) as error:
-            raise SeamError(f"SGLang {sglang.__version__} has no {target} ({error}); lenvm_sglang cannot hook it.") from error
+            raise SeamError(
+                f"SGLang {sglang.__version__} has no {target} ({error}); lenvm_sglang cannot hook it."
+            ) from error
         HookRegistry.register(target, hook, HookType[kind])
     from sglang.srt.entrypoints.engine import Engine
 

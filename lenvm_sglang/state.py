@@ -31,6 +31,7 @@ class RequestState:
         temperature, top_k, top_p, min_p: the base model's own sampling settings.
         greedy: the host would take the arg max (temperature 0).
         predicted_length: expected completion length at the prompt boundary, in tokens; None until the prompt was read.
+        quantiles: of the completion length at the prompt boundary, in tokens.
         values: predicted remaining length after each committed token, in tokens.
         reported: how many of `values` have been sent to the front end.
     """
@@ -45,6 +46,7 @@ class RequestState:
     min_p: float
     greedy: bool
     predicted_length: float | None = None
+    quantiles: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     reported: int = 0
 
@@ -57,7 +59,7 @@ class RequestState:
         """What the front end has not heard yet."""
         assert 0 <= self.reported <= len(self.values)
         fresh, self.reported = self.values[self.reported :], len(self.values)
-        return {"predicted_length": self.predicted_length, "values": fresh}
+        return {"predicted_length": self.predicted_length, "quantiles": self.quantiles, "values": fresh}
 
 
 def draw_seed(request_seed: int | None, sample: int, rid: str) -> int:

@@ -1,8 +1,8 @@
 """The value model beside the base model: its runner, its KV cache and its two kinds of forward.
 
 KV bookkeeping in one paragraph. The value model's KV pool is addressed by the **base model's slot ids**, so prefix
-reuse, chunked prefill, retraction and abort need no bookkeeping of ours: whatever slot the host gives a token, the value
-KV of that token lives in the same slot. Behind them lie scratch slots, K for each row of the host's request pool. A
+reuse, chunked prefill, retraction and abort need no bookkeeping of ours: whatever slot the host gives a token, the
+value KV of that token lives in the same slot. Behind them lie scratch slots, K for each row of the host's request pool. A
 candidate forward writes the KV of a row's K candidates there; `remember` notes which one was chosen, and when the host
 feeds that token in its next step, `follow` copies the KV to the slot the token got. Requests with length fields have a
 radix-tree namespace of their own (`lenvm_sglang.admission`), so that a reused prefix always has value KV, and requests
@@ -232,7 +232,9 @@ class ValueWorker:
         self.scored_rows += rows
         step = rows if self.virtual is None else VIRTUAL_ROWS // width
         parts = [
-            self._score_part(slots[i : i + step], sequence_lengths[i : i + step], longest, candidates.token_ids[i : i + step])
+            self._score_part(
+                slots[i : i + step], sequence_lengths[i : i + step], longest, candidates.token_ids[i : i + step]
+            )
             for i in range(0, rows, step)
         ]
         if len(parts) == 1:
