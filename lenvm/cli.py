@@ -1,0 +1,64 @@
+"""The command line `lenvm`: what the package can do.
+
+The modules imported here import nothing heavy themselves; torch and the rest come in when a command runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lenvm import __version__
+from lenvm.evaluation.commands import app as evaluation
+from lenvm.sampling.commands import sample
+
+main = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    help="Length value models: predict and control how many tokens a language model will write.",
+)
+main.command()(sample)
+main.add_typer(evaluation, name="eval")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"lenvm {__version__}")
+        raise typer.Exit
+
+
+@main.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@main.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of a length value model.")],
+) -> None:
+    """Print what a length value model is: heads, gamma, bins, base model, architecture."""
+    import json
+
+    from rich.console import Console
+
+    from lenvm.format import LenvmFormatError, read_lenvm_config
+
+    console = Console()
+    try:
+        block = read_lenvm_config(checkpoint)
+    except LenvmFormatError as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    shown = {
+        "architectures": config.get("architectures"),
+        "hidden_size": config.get("hidden_size"),
+        "lenvm": block.to_json(),
+    }
+    console.print_json(json.dumps(shown))

@@ -1,0 +1,206 @@
+"""`lenvm sample`: the command line of sampling."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class ApiName(str, Enum):
+    """How the server is asked."""
+
+    openai = "openai"
+    sglang = "sglang"
+
+
+def sample(
+    prompts: Annotated[
+        Path, typer.Argument(help="JSONL: `id`, `messages` and anything else, which is kept as `meta`.")
+    ],
+    out: Annotated[Path, typer.Option(help="JSONL file of completions; continued if it is there.")],
+    server: Annotated[str, typer.Option(help="Address of the server, with or without /v1.")] = "http://127.0.0.1:30000",
+    api: Annotated[
+        ApiName, typer.Option(help="sglang: /generate, token ids in and out. openai: /v1/chat/completions.")
+    ] = ApiName.sglang,
+    n: Annotated[int, typer.Option("--n", min=1, help="Completions a prompt.")] = 8,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=-1, help="-1 is off.")] = -1,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="A completion that reaches it is cut.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Every completion's own seed derives from it.")] = 1,
+    concurrency: Annotated[int, typer.Option(min=1, help="Completions in flight.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name; default: the server's first.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer directory; default with sglang: the one the server names.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Arguments of the chat template as JSON, e.g. '{\"enable_thinking\": false}'.")
+    ] = None,
+    retries: Annotated[int, typer.Option(min=0, help="After 429, 5xx and connection errors.")] = 5,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds one request may take.")] = 600.0,
+) -> None:
+    """Draw n completions of each prompt from a running server, with their exact token ids.
+
+    An interrupted run goes on where it was. OPENAI_API_KEY is sent if it is set.
+    """
+    from pydantic import ValidationError
+    from rich.console import Console
+
+    from lenvm.sampling.errors import SamplingError
+    from lenvm.sampling.settings import SamplingSettings
+
+    console = Console(stderr=True)
+    try:
+        settings = SamplingSettings(
+            n=n,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            max_tokens=max_tokens,
+            seed=seed,
+            concurrency=concurrency,
+            retries=retries,
+            timeout=timeout,
+        )
+        failed = run(prompts, out, server, api.value, settings, console, limit, model, tokenizer, _template(template))
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        console.print(f"[red]{option}: {first['msg']}, got {first['input']}.[/red]", soft_wrap=True)
+        raise typer.Exit(2) from None
+    except SamplingError as error:
+        console.print(str(error), style="red", soft_wrap=True, markup=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print(f"interrupted; the same command continues {out}.", soft_wrap=True, markup=False)
+        raise typer.Exit(130) from None
+    if failed:
+        raise typer.Exit(1)
+
+
+def run(
+    prompts_file: Path,
+    out: Path,
+    url: str,
+    api: str,
+    settings: Any,
+    console: Console,
+    limit: int | None = None,
+    model: str | None = None,
+    tokenizer: Path | None = None,
+    template: dict[str, Any] | None = None,
+) -> dict[str, str]:
+    """Sample with a progress bar and a line of statistics.
+
+    Returns:
+        prompt id -> reason for the prompts that failed; they are printed as well.
+
+    Raises:
+        SamplingError: if nothing can be drawn.
+    """
+    from lenvm.sampling.log import read_rows
+    from lenvm.sampling.prompts import read_prompts
+    from lenvm.sampling.run import sample as draw
+    from lenvm.sampling.servers import OpenAIServer, SglangServer
+    from lenvm.sampling.statistics import summarise
+
+    prompts = read_prompts(prompts_file, limit)
+    kind = SglangServer if api == "sglang" else OpenAIServer
+    asked = kind(url, settings, tokenizer, model, template)
+    began = time.perf_counter()
+    with progress_bar(console) as notify:
+        result = draw(prompts, out, asked, settings, notify)
+    seconds = time.perf_counter() - began
+    if result.repaired:
+        console.print(f"{out}: a torn last line of {result.repaired} bytes was cut off.", markup=False, soft_wrap=True)
+    for note in result.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+    if asked.seeds_honoured is False:
+        console.print(
+            "note: this server ignores seeds of single requests, so another run draws other samples "
+            "(SGLang honours them with --enable-deterministic-inference).",
+            style="yellow",
+            soft_wrap=True,
+        )
+    for prompt_id, reason in result.failed.items():
+        console.print(f"failed: prompt {prompt_id}: {reason}", style="red", markup=False, soft_wrap=True)
+    if result.drawn or result.kept:
+        console.print(f"{out}: {summarise(read_rows(out))}", markup=False, soft_wrap=True, highlight=False)
+    console.print(
+        f"{result.drawn} drawn in {seconds:.1f} s, {result.kept} were there, {len(result.failed)} prompts failed.",
+        markup=False,
+        highlight=False,
+    )
+    return result.failed
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[[int, int, int], None]]:
+    """Completions, tokens/s and time left on a terminal; elsewhere a line every 30 seconds."""
+    began = time.perf_counter()
+
+    def speed(tokens: int) -> float:
+        return tokens / max(1e-9, time.perf_counter() - began)
+
+    if not console.is_terminal:
+        last = began
+
+        def line(done: int, total: int, tokens: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            if now - last >= 30.0:
+                last = now
+                console.print(f"  {done} of {total} completions, {speed(tokens):.0f} tokens/s", highlight=False)
+
+        yield line
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("sampling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:.0f} tokens/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task("sampling", total=None, speed=0.0)
+
+        def update(done: int, total: int, tokens: int) -> None:
+            bars.update(task, completed=done, total=total, speed=speed(tokens))
+
+        yield update
+
+
+def _template(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"--template must be a JSON object, got {text!r}.")
+    return value
