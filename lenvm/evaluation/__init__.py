@@ -1,0 +1,1 @@
+"""Measuring length control: the paper's scores, quality beside them, intervals, and the client that asks."""

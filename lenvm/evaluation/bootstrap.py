@@ -1,0 +1,135 @@
+"""Confidence intervals that respect that several completions belong to one prompt.
+
+Completions of one prompt resemble each other, so the **prompt** is the unit that is resampled: a replicate draws as
+many prompts as there are, with replacement, and takes all completions of each. Percentile intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lenvm.evaluation.metrics import Floats
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95 % interval.
+
+    Attributes:
+        value: the estimate.
+        low: lower end.
+        high: upper end.
+        n: completions behind it.
+        prompts: prompts (clusters) behind it.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    prompts: int
+
+    def scaled(self, factor: float) -> Interval:
+        """The same in another unit, e.g. per cent."""
+        ends = sorted((self.low * factor, self.high * factor))
+        return Interval(self.value * factor, ends[0], ends[1], self.n, self.prompts)
+
+
+@dataclass(frozen=True)
+class Clustered:
+    """Values with the prompt each belongs to.
+
+    Raises:
+        ValueError: if the lists differ in length.
+    """
+
+    values: Sequence[float] | Floats
+    prompts: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.prompts):
+            raise ValueError(
+                f"one prompt a value is needed, got {len(self.values)} values, {len(self.prompts)} prompts."
+            )
+
+    def sums(self, order: dict[str, int]) -> tuple[Floats, Floats]:
+        """Per-prompt sums and counts, [prompts] each, in the order given."""
+        index = np.array([order[p] for p in self.prompts], dtype=np.int64)
+        total = np.bincount(index, weights=np.asarray(self.values, dtype=np.float64), minlength=len(order))
+        return total.astype(np.float64), np.bincount(index, minlength=len(order)).astype(np.float64)
+
+
+def mean_interval(values: ArrayLike, prompts: Sequence[str], seed: int = 0) -> Interval | None:
+    """Mean over completions with a clustered bootstrap interval; None where there are no values.
+
+    If all values are 0 or all are 1 the bootstrap is blind; then the open end is the exact one-sided bound
+    (alpha/2)^(1/prompts), as if each prompt were one trial.
+    """
+    data = Clustered(np.asarray(values, dtype=np.float64), prompts)
+    if not len(data.values):
+        return None
+    order = _order(prompts)
+    means = _replicate_means(data, order, _weights(len(order), seed))
+    value = float(np.mean(np.asarray(data.values)))
+    low, high = _ends(means)
+    if np.all(np.asarray(data.values) == value) and value in (0.0, 1.0):
+        bound = ((1.0 - LEVEL) / 2.0) ** (1.0 / len(order))
+        low, high = (bound, 1.0) if value == 1.0 else (0.0, 1.0 - bound)
+    return Interval(value, low, high, len(data.values), len(order))
+
+
+def difference_interval(a: Clustered, b: Clustered, seed: int = 0) -> Interval | None:
+    """mean(a) - mean(b), both resampled with the same prompts (paired); None where either is empty."""
+    return _pair(a, b, seed, ratio=False)
+
+
+def ratio_interval(a: Clustered, b: Clustered, seed: int = 0) -> Interval | None:
+    """mean(a) / mean(b), both resampled with the same prompts; None where either is empty or mean(b) is 0."""
+    return _pair(a, b, seed, ratio=True)
+
+
+def _pair(a: Clustered, b: Clustered, seed: int, *, ratio: bool) -> Interval | None:
+    if not len(a.values) or not len(b.values):
+        return None
+    order = _order([*a.prompts, *b.prompts])
+    weights = _weights(len(order), seed)
+    first, second = _replicate_means(a, order, weights), _replicate_means(b, order, weights)
+    mean_a, mean_b = float(np.mean(np.asarray(a.values))), float(np.mean(np.asarray(b.values)))
+    if ratio and mean_b == 0.0:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = first / second if ratio else first - second
+    low, high = _ends(draws)
+    return Interval(mean_a / mean_b if ratio else mean_a - mean_b, low, high, len(a.values), len(order))
+
+
+def _order(prompts: Sequence[str]) -> dict[str, int]:
+    return {p: i for i, p in enumerate(dict.fromkeys(prompts))}
+
+
+def _weights(clusters: int, seed: int) -> Floats:
+    """How often each prompt is in each replicate, [RESAMPLES, clusters]."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=RESAMPLES).astype(np.float64)
+
+
+def _replicate_means(data: Clustered, order: dict[str, int], weights: Floats) -> Floats:
+    total, count = data.sums(order)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray((weights @ total) / (weights @ count))
+
+
+def _ends(draws: Floats) -> tuple[float, float]:
+    finite = draws[np.isfinite(draws)]  # a replicate may hold no prompt of one side
+    if not len(finite):
+        return float("nan"), float("nan")
+    tail = (1.0 - LEVEL) / 2.0
+    low, high = np.quantile(finite, [tail, 1.0 - tail])
+    return float(low), float(high)

@@ -1,0 +1,304 @@
+"""Asking a server for the planned answers with the official OpenAI client: concurrent, resumable, never silent."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lenvm.evaluation.data import NaturalPrompt
+from lenvm.evaluation.errors import EvaluationError
+from lenvm.evaluation.plan import Request
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one request.
+
+    Attributes:
+        request: what was asked.
+        text: the completion.
+        token_ids: its token ids, stop token included where it stopped.
+        length: L = usage.completion_tokens.
+        finish_reason: "stop" or "length".
+        lenvm: the response's `lenvm` object; None for unguided requests.
+        seconds: from sending to receiving.
+    """
+
+    request: Request
+    text: str
+    token_ids: tuple[int, ...]
+    length: int
+    finish_reason: str
+    lenvm: dict[str, Any] | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Where and how to ask.
+
+    Attributes:
+        url: the server's address, with or without /v1.
+        concurrency: requests in flight.
+        max_tokens: bound of every answer, the one the base's samples were drawn with.
+        timeout: seconds a request may take.
+    """
+
+    url: str
+    concurrency: int = 16
+    max_tokens: int = 512
+    timeout: float = 300.0
+
+    @property
+    def base_url(self) -> str:
+        """The address the OpenAI client takes."""
+        return self.url.rstrip("/").removesuffix("/v1") + "/v1"
+
+
+class Asker:
+    """An async context around one OpenAI client and one server.
+
+    Requests are chat completions at temperature 1 and top-p 1, the distribution whose lengths the LenVM has learned.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        from openai import AsyncOpenAI
+
+        self.settings = settings
+        self._client = AsyncOpenAI(
+            base_url=settings.base_url,
+            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            timeout=settings.timeout,
+            max_retries=2,
+        )
+        self.model = ""
+
+    async def __aenter__(self) -> Asker:
+        models = await self._guarded(self._client.models.list())
+        self.model = models.data[0].id
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.close()
+
+    async def info(self) -> dict[str, Any] | None:
+        """GET /lenvm/info; None where the server has no such endpoint."""
+        import httpx
+
+        async with httpx.AsyncClient(timeout=30.0) as http:
+            response = await http.get(self.settings.base_url.removesuffix("/v1") + "/lenvm/info")
+        return dict(response.json()) if response.status_code == 200 else None
+
+    async def ask(self, request: Request, messages: Sequence[Mapping[str, Any]]) -> Answer:
+        """One answer.
+
+        Raises:
+            EvaluationError: if the server refuses the request, cannot be reached or leaves out token ids.
+        """
+        began = time.perf_counter()
+        response = await self._guarded(
+            self._client.chat.completions.create(
+                model=self.model,
+                messages=list(messages),  # type: ignore[arg-type]
+                temperature=1.0,
+                top_p=1.0,
+                max_tokens=self.settings.max_tokens,
+                seed=request.seed,
+                extra_body={"return_token_ids": True, **request.fields},
+            )
+        )
+        seconds = time.perf_counter() - began
+        body: dict[str, Any] = response.model_dump(mode="json")
+        choice = body["choices"][0]
+        token_ids = choice.get("response_token_ids") or choice.get("token_ids")
+        if token_ids is None or body.get("usage") is None:
+            raise EvaluationError(
+                "the server's answer has no token ids or no usage, so its text cannot be scored; "
+                "use a server that knows `return_token_ids` (SGLang 0.5.16 or newer)."
+            )
+        return Answer(
+            request=request,
+            text=choice["message"]["content"] or "",
+            token_ids=tuple(token_ids),
+            length=int(body["usage"]["completion_tokens"]),
+            finish_reason=str(choice["finish_reason"]),
+            lenvm=choice.get("lenvm") or body.get("lenvm"),
+            seconds=seconds,
+        )
+
+    async def _guarded(self, call: Any) -> Any:
+        import openai
+
+        try:
+            return await call
+        except openai.APIStatusError as error:
+            raise EvaluationError(
+                f"the server at {self.settings.url} refused a request with status {error.status_code}: {error.message}"
+            ) from None
+        except openai.APIConnectionError as error:
+            raise EvaluationError(
+                f"the server at {self.settings.url} does not answer ({type(error).__name__}); "
+                "start it and repeat the command: answers already received are kept."
+            ) from None
+
+
+class AnswerLog:
+    """The JSONL file of answers: appended to as they come, read again on resumption.
+
+    The first line holds the parameters (server, model, sizes, sampling, hash of the prompts); a later run must agree.
+    """
+
+    def __init__(self, path: Path, parameters: dict[str, Any]) -> None:
+        """Open or create.
+
+        Raises:
+            EvaluationError: if the file was written with other parameters.
+        """
+        self.path = path
+        self._answers: dict[str, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.stat().st_size:
+            self._resume(parameters)
+        else:
+            path.write_text(json.dumps({"parameters": parameters}) + "\n", encoding="utf-8")
+
+    def _resume(self, parameters: dict[str, Any]) -> None:
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):  # an interruption in the middle of a line
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        rows = [json.loads(line) for line in whole.decode("utf-8").splitlines() if line]
+        before = rows[0].get("parameters") if rows else None
+        if before is None:
+            self.path.write_text(json.dumps({"parameters": parameters}) + "\n", encoding="utf-8")
+            return
+        wanted = json.loads(json.dumps(parameters))
+        for name in sorted({*before, *wanted}):
+            if before.get(name) != wanted.get(name):
+                raise EvaluationError(
+                    f"{self.path} was begun with {name} = {before.get(name)!r}, now it is {wanted.get(name)!r}; "
+                    "use the same parameters or another --out."
+                )
+        self._answers = {row["key"]: row for row in rows[1:]}
+
+    def get(self, request: Request) -> Answer | None:
+        """The stored answer to a request; None if there is none.
+
+        Raises:
+            EvaluationError: if the stored answer was asked for with other fields or another seed.
+        """
+        row = self._answers.get(request.key)
+        if row is None:
+            return None
+        if row["fields"] != json.loads(json.dumps(request.fields)) or row["seed"] != request.seed:
+            raise EvaluationError(
+                f"{self.path} holds another request under the key {request.key} "
+                f"(fields {row['fields']}, seed {row['seed']}); use another --out."
+            )
+        return Answer(
+            request,
+            row["text"],
+            tuple(row["token_ids"]),
+            row["length"],
+            row["finish_reason"],
+            row["lenvm"],
+            row["seconds"],
+        )
+
+    def add(self, answer: Answer) -> None:
+        """Append one answer; it is on disk when this returns."""
+        request = answer.request
+        row = {
+            "key": request.key,
+            "experiment": request.experiment,
+            "controller": request.controller,
+            "prompt_id": request.prompt_id,
+            "target": request.target,
+            "sample": request.sample,
+            "seed": request.seed,
+            "fields": request.fields,
+            "text": answer.text,
+            "token_ids": list(answer.token_ids),
+            "length": answer.length,
+            "finish_reason": answer.finish_reason,
+            "lenvm": answer.lenvm,
+            "seconds": round(answer.seconds, 4),
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._answers[request.key] = row
+
+
+async def ask_all(
+    asker: Asker,
+    plan: Sequence[Request],
+    prompts: Mapping[str, NaturalPrompt],
+    log: AnswerLog,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Answer]:
+    """Ask for every request of the plan that the log does not hold yet.
+
+    Args:
+        asker: an entered Asker; `settings.concurrency` requests are in flight.
+        plan: what to ask.
+        prompts: by id.
+        log: where answers are kept.
+        progress: called after every answer with answers so far and their total.
+
+    Returns:
+        the answers in the order of the plan.
+
+    Raises:
+        EvaluationError: at the first refused request; what was received stays in the log.
+    """
+    found: dict[str, Answer] = {}
+    todo: list[Request] = []
+    for request in plan:
+        answer = log.get(request)
+        if answer is None:
+            todo.append(request)
+        else:
+            found[request.key] = answer
+    waiting = iter(todo)
+
+    async def work() -> None:
+        for request in waiting:  # the iterator is shared: each request is taken once
+            answer = await asker.ask(request, prompts[request.prompt_id].messages)
+            log.add(answer)
+            found[request.key] = answer
+            progress(len(found), len(plan))
+
+    progress(len(found), len(plan))
+    await run_together([work() for _ in range(min(asker.settings.concurrency, len(todo)))])
+    return [found[request.key] for request in plan]
+
+
+async def run_together(coroutines: Sequence[Any]) -> None:
+    """Run all; the first failure cancels the rest and is raised."""
+    tasks = [asyncio.ensure_future(c) for c in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def prompts_hash(prompts: Sequence[NaturalPrompt]) -> str:
+    """Hash of the prompts and of their samples' lengths: what the targets are derived from."""
+    digest = hashlib.sha256()
+    for p in prompts:
+        digest.update(json.dumps([p.id, p.messages, p.answer, p.lengths.tolist()], sort_keys=True).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,123 @@
+"""Measures of one completion or of a set of them, as pure numpy functions.
+
+Lengths count the stop token (L equals `usage.completion_tokens`), targets are lengths in the same unit. Every
+per-completion function returns one number a completion, so that intervals can be resampled by prompt afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Mode = Literal["equal_to", "at_most", "at_least"]
+Floats = NDArray[np.float64]
+MODES: tuple[Mode, ...] = ("equal_to", "at_most", "at_least")
+UNDER_PENALTY = 5.0
+"""k1 of Eq. 18: how fast the score falls when the answer is too short."""
+OVER_PENALTY = 2.0
+"""k2 of Eq. 18: how fast it falls when the answer is too long."""
+
+
+def length_deviation(length: ArrayLike, target: ArrayLike) -> Floats:
+    """LD = (L - T) / T, Eq. 17; signed, 0.1 is ten per cent too long.
+
+    Args:
+        length: L in tokens, any shape.
+        target: T in tokens, >= 1, broadcast against `length`.
+
+    Raises:
+        ValueError: if a target is smaller than 1.
+    """
+    lengths, targets = np.asarray(length, dtype=np.float64), np.asarray(target, dtype=np.float64)
+    if targets.size and targets.min() < 1:
+        raise ValueError(f"length targets are at least 1 token, got {targets.min():g}.")
+    return np.asarray((lengths - targets) / targets)
+
+
+def length_score(length: ArrayLike, target: ArrayLike, mode: Mode = "equal_to") -> Floats:
+    """Length Score in [0, 100], Eq. 18: 100 exp(5 LD) below the target, 100 exp(-2 LD) above it.
+
+    `at_most` gives 100 to everything at or below the target, `at_least` to everything at or above it.
+
+    Raises:
+        ValueError: for a mode that does not exist.
+    """
+    deviation = length_deviation(length, target)
+    _check_mode(mode)
+    score = np.full(deviation.shape, 100.0)
+    if mode != "at_most":
+        score = np.where(deviation < 0, 100.0 * np.exp(UNDER_PENALTY * np.minimum(deviation, 0.0)), score)
+    if mode != "at_least":
+        score = np.where(deviation > 0, 100.0 * np.exp(-OVER_PENALTY * np.maximum(deviation, 0.0)), score)
+    return score
+
+
+def kept(length: ArrayLike, target: ArrayLike, mode: Mode) -> NDArray[np.bool_]:
+    """Whether the constraint holds: L = T, L <= T or L >= T. For `equal_to` this is the exact hit.
+
+    Raises:
+        ValueError: for a mode that does not exist.
+    """
+    _check_mode(mode)
+    lengths, targets = np.asarray(length), np.asarray(target)
+    if mode == "equal_to":
+        return np.asarray(lengths == targets)
+    return np.asarray(lengths <= targets) if mode == "at_most" else np.asarray(lengths >= targets)
+
+
+def repetition(token_ids: Sequence[int], n: int = 4) -> float:
+    """Share of n-grams that repeat an earlier one: 1 - distinct / all; 0 for fewer than n tokens."""
+    total = len(token_ids) - n + 1
+    if total < 1:
+        return 0.0
+    grams = {tuple(token_ids[i : i + n]) for i in range(total)}
+    return 1.0 - len(grams) / total
+
+
+def hard_cut(lengths: ArrayLike, correct: ArrayLike, budget: float) -> tuple[Floats, Floats]:
+    """Cutting every answer at `budget` tokens: what it costs and what survives.
+
+    The rule of section 3.3: a longer answer is cut and counts as wrong, its length is the budget.
+
+    Args:
+        lengths: L in tokens, any shape.
+        correct: whether the whole answer is right, same shape.
+        budget: B in tokens.
+
+    Returns:
+        truncated lengths min(L, B) and correctness after the cut (1.0 / 0.0), both shaped like `lengths`.
+    """
+    length, right = np.asarray(lengths, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    return np.minimum(length, budget), np.where(length <= budget, right, 0.0)
+
+
+def hard_cut_curve(lengths: ArrayLike, correct: ArrayLike, points: int = 60) -> tuple[Floats, Floats, Floats]:
+    """Accuracy against mean truncated length for every budget, pooled over all answers.
+
+    Args:
+        lengths: L in tokens, any shape.
+        correct: same shape.
+        points: at most this many budgets, spread over the quantiles of `lengths`.
+
+    Returns:
+        budgets, mean truncated lengths, accuracies; each [<= points], increasing in the budget.
+    """
+    length = np.asarray(lengths, dtype=np.float64).ravel()
+    budgets = np.unique(np.quantile(length, np.linspace(0.0, 1.0, points), method="inverted_cdf"))
+    cuts = [hard_cut(length, np.asarray(correct).ravel(), b) for b in budgets]
+    return budgets, np.array([c[0].mean() for c in cuts]), np.array([c[1].mean() for c in cuts])
+
+
+def accuracy_at_length(mean_lengths: ArrayLike, accuracies: ArrayLike, mean_length: float) -> float:
+    """Read a curve of `hard_cut_curve` at a given mean length, linearly between its points; from (0, 0) to its end."""
+    x = np.concatenate([[0.0], np.asarray(mean_lengths, dtype=np.float64)])
+    y = np.concatenate([[0.0], np.asarray(accuracies, dtype=np.float64)])
+    return float(np.interp(mean_length, x, y))
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"unknown length mode {mode!r}; allowed are {', '.join(MODES)}.")
