@@ -12,6 +12,7 @@ import typer
 
 from lenvm import __version__
 from lenvm.evaluation.commands import app as evaluation
+from lenvm.pipeline.commands import app as pipeline
 from lenvm.sampling.commands import sample
 
 main = typer.Typer(
@@ -21,6 +22,7 @@ main = typer.Typer(
 )
 main.command()(sample)
 main.add_typer(evaluation, name="eval")
+main.add_typer(pipeline, name="pipeline")
 
 
 def _version(value: bool) -> None:

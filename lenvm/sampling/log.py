@@ -75,14 +75,15 @@ class CompletionLog:
     def finish(self, prompt_ids: Sequence[str]) -> None:
         """Sort the rows by prompt and sample, so that the file does not depend on which answer came first."""
         place = {prompt_id: i for i, prompt_id in enumerate(prompt_ids)}
-        lines = self.path.read_bytes().splitlines(keepends=True)
+        lines: list[bytes] = self.path.read_bytes().splitlines(keepends=True)
 
         def order(line: bytes) -> tuple[int, int]:
             row = json.loads(line)
             return place[row["prompt_id"]], row["sample"]
 
         temporary = self.path.with_name(self.path.name + ".sorted")
-        temporary.write_bytes(b"".join(sorted(lines, key=order)))
+        lines.sort(key=order)
+        temporary.write_bytes(b"".join(lines))
         os.replace(temporary, self.path)
 
     def _check_parameters(self, empty: bool) -> None:
@@ -120,7 +121,7 @@ class CompletionLog:
             except (ValueError, KeyError, TypeError):
                 if file.read(1):
                     raise SamplingError(
-                        f"{self.path}, line {number} is not a completion, and it is not the last line; repair or remove it."
+                        f"{self.path}, line {number} is not a completion though others follow; repair or remove it."
                     ) from None
                 break
             if not line.endswith(b"\n"):

@@ -15,7 +15,7 @@ from lenvm.sampling.log import CompletionLog
 from lenvm.sampling.prompts import Prompt, prompts_hash, sample_seed
 from lenvm.sampling.servers import Completion, Server, api_key_header
 from lenvm.sampling.settings import SamplingSettings
-from lenvm.sampling.transport import RequestFailed
+from lenvm.sampling.transport import RequestFailedError
 
 MAX_REFUSALS = 20
 """So many failed requests without a single success, and the whole run is given up."""
@@ -119,7 +119,7 @@ async def _draw_missing(
     async def one(prompt: Prompt, samples: list[int]) -> None:
         try:
             completions = await server.draw(client, prompt, samples)
-        except RequestFailed as error:
+        except RequestFailedError as error:
             result.failed[prompt.id] = str(error)
             if error.unreachable and not await server.alive(client):
                 fatal.append(

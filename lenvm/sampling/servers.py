@@ -15,7 +15,7 @@ from lenvm.sampling.errors import SamplingError
 from lenvm.sampling.prompts import Prompt, sample_seed
 from lenvm.sampling.settings import SamplingSettings
 from lenvm.sampling.tokens import PromptTokenizer
-from lenvm.sampling.transport import RequestFailed, error_text, get_json, post_json
+from lenvm.sampling.transport import RequestFailedError, error_text, get_json, post_json
 
 FINISH_REASONS = ("stop", "length")
 
@@ -68,7 +68,7 @@ class Server(ABC):
         """The completions with these numbers.
 
         Raises:
-            RequestFailed: if the server refuses or cannot be reached.
+            RequestFailedError: if the server refuses or cannot be reached.
         """
 
     async def alive(self, client: httpx.AsyncClient) -> bool:
@@ -142,7 +142,7 @@ class SglangServer(Server):
         }
         answers = await post_json(client, f"{self.url}/generate", body, s.retries)
         if not isinstance(answers, list) or len(answers) != len(samples):
-            raise RequestFailed(
+            raise RequestFailedError(
                 f"/generate answered {len(samples)} prompts with something else than as many completions"
             )
         return [self._completion(ids, answer) for answer in answers]
@@ -154,14 +154,14 @@ class SglangServer(Server):
         drawn = answer.get("output_ids")
         check_finish(finish.get("type"), finish.get("message", ""))
         if not isinstance(drawn, list) or len(drawn) != meta.get("completion_tokens"):
-            raise RequestFailed(
-                "the answer's `output_ids` are not the tokens it counts; is the server started with --skip-tokenizer-init?"
+            raise RequestFailedError(
+                "the answer's `output_ids` are not the tokens it counts; is this a server of another version?"
             )
         return Completion(ids, str(answer.get("text", "")), drawn, finish["type"], False, len(drawn))
 
 
 class OpenAIServer(Server):
-    """`POST /v1/chat/completions`, one completion a request, because servers disagree about what a seed means for n > 1.
+    """`POST /v1/chat/completions`, one completion a request: servers disagree about seeds with n > 1.
 
     SGLang (`response_token_ids`) and vLLM (`token_ids`) return token ids when asked. Where a server does not, the text
     is tokenised again if a tokenizer is given, which is recorded.
@@ -246,7 +246,7 @@ class OpenAIServer(Server):
             text = choice["message"]["content"] or ""
             counted = int(answer["usage"]["completion_tokens"])
         except (KeyError, IndexError, TypeError):
-            raise RequestFailed("the answer has no `choices` with a `message`, or no `usage`") from None
+            raise RequestFailedError("the answer has no `choices` with a `message`, or no `usage`") from None
         finish = choice.get("finish_reason")
         check_finish(finish, "")
         if self._tokenizer is not None:
@@ -255,9 +255,9 @@ class OpenAIServer(Server):
             return Completion(ids, text, made, finish, True, counted)
         found = token_ids_of(answer)
         if found is None:
-            raise RequestFailed("the answer has no token ids although the server gave some before")
+            raise RequestFailedError("the answer has no token ids although the server gave some before")
         if len(found[1]) != counted:
-            raise RequestFailed(f"the answer has {len(found[1])} token ids but counts {counted} completion tokens")
+            raise RequestFailedError(f"the answer has {len(found[1])} token ids but counts {counted} completion tokens")
         return Completion(found[0], text, found[1], finish, False, counted)
 
 
@@ -273,10 +273,10 @@ def token_ids_of(answer: Any) -> tuple[list[int], list[int]] | None:
 
 
 def check_finish(reason: Any, message: str) -> None:
-    """Raise RequestFailed unless a completion ended by its stop token or by max_tokens."""
+    """Raise RequestFailedError unless a completion ended by its stop token or by max_tokens."""
     if reason not in FINISH_REASONS:
         more = f": {message}" if message else ""
-        raise RequestFailed(f"finish_reason is {reason!r}, a plain completion ends with `stop` or `length`{more}")
+        raise RequestFailedError(f"finish_reason is {reason!r}, a plain completion ends with `stop` or `length`{more}")
 
 
 def api_key_header() -> dict[str, str]:

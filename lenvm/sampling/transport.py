@@ -14,7 +14,7 @@ FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
 
 
-class RequestFailed(Exception):
+class RequestFailedError(Exception):
     """A request that got no answer after all attempts.
 
     Attributes:
@@ -61,7 +61,7 @@ async def post_json(
     """POST and return the parsed answer.
 
     Raises:
-        RequestFailed: on a refusal that no retry mends, or after the last attempt.
+        RequestFailedError: on a refusal that no retry mends, or after the last attempt.
     """
     attempt = 0
     while True:
@@ -77,9 +77,9 @@ async def post_json(
         except ValueError:
             problem, worth_it = f"the answer is not JSON: {response.text[:100] if response else ''}", True
         if not worth_it:
-            raise RequestFailed(problem)
+            raise RequestFailedError(problem)
         if attempt >= retries:
-            raise RequestFailed(f"{problem} (after {attempt + 1} attempts)", unreachable=response is None)
+            raise RequestFailedError(f"{problem} (after {attempt + 1} attempts)", unreachable=response is None)
         attempt += 1
         await sleep(pause(attempt, response))
 
