@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +128,10 @@ def write_jsonl(path: Path, rows: list[Any]) -> None:
 class World:
     """A base model, a data folder and a way to run the host on them."""
 
-    def __init__(self, root: Path, hook: Path) -> None:
+    def __init__(self, root: Path, sites: dict[str, Path]) -> None:
         from transformers import AutoTokenizer
 
-        self.root, self.hook = root, hook
+        self.root, self.sites, self.runs = root, sites, itertools.count()
         self.base = root / "base"
         self.data = root / "data"
         self.data.mkdir(parents=True)
@@ -159,6 +159,12 @@ class World:
         write_jsonl(self.data / f"{name}.jsonl", rows)
         self.info[name] = {"file_name": f"{name}.jsonl", "formatting": "lenvm", **info}
         (self.data / "dataset_info.json").write_text(json.dumps(self.info), encoding="utf-8")
+
+    @staticmethod
+    def steps(output: Path, key: str = "loss") -> list[float]:
+        """The values logged under `key`, step by step."""
+        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        return [entry[key] for entry in history if key in entry]
 
     def settings(self, output: Path, **changes: Any) -> dict[str, Any]:
         """A small full fine-tuning run on the CPU; a value of None removes the key."""
@@ -193,17 +199,17 @@ class World:
         """`llamafactory-cli COMMAND x.yaml` in a fresh interpreter.
 
         Args:
-            route: "pth" (the plug-in's .pth file is active), "explicit" (`lenvm-train`, no .pth) or "none".
+            route: "pth" (the plug-in's .pth file is active), "explicit" (`lenvm-train`, no .pth), "none" (no plug-in)
+                or the name of another folder of `self.sites`.
         """
-        path = self.root / f"{abs(hash(json.dumps(settings, sort_keys=True)))}.yaml"
+        path = self.root / f"run{next(self.runs)}.yaml"
         path.write_text(yaml.safe_dump(settings), encoding="utf-8")
         module = "lenvm_lf.cli" if route == "explicit" else "llamafactory.cli"
-        code = f"from {module} import main; main()"
         argv = ["llamafactory-cli", command, str(path)]
-        search = [str(ROOT), *([str(self.hook)] if route == "pth" else [])]
+        site = self.sites["none" if route == "explicit" else route]
         return subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.argv = {argv!r}; {code}"],
-            env={**base_env(), "PYTHONPATH": os.pathsep.join(search), **(env or {})},
+            [sys.executable, "-c", f"import sys; sys.argv = {argv!r}; from {module} import main; main()"],
+            env={**base_env(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(site)]), **(env or {})},
             cwd=self.root,
             capture_output=True,
             text=True,
@@ -211,9 +217,19 @@ class World:
         )
 
     def train(self, output: Path, route: str = "pth", env: dict[str, str] | None = None, **changes: Any) -> Path:
-        """Run the stage, assert that it went well, return its output directory."""
+        """A run in a process of its own; asserts that it went well and returns its output directory."""
         done = self.run(self.settings(output, **changes), route=route, env=env)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        return output
+
+    def fit(self, output: Path, **changes: Any) -> Path:
+        """The same inside this process (the host is imported once, so a run takes a second); errors are raised here."""
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+        from llamafactory.train.tuner import run_exp
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        run_exp(self.settings(output, **changes))
         return output
 
 
@@ -231,34 +247,46 @@ def base_env() -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="session")
-def hook_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for PYTHONPATH that treats `lenvm_lf.pth` as site-packages would, in torchrun ranks too."""
-    folder = tmp_path_factory.mktemp("site")
-    pth = folder / "packages"
-    pth.mkdir()
-    (pth / "lenvm_lf.pth").write_text((ROOT / "lenvm_lf" / "lenvm_lf.pth").read_text())
-    (folder / "sitecustomize.py").write_text(f"import site\nsite.addsitedir({str(pth)!r})\n")
+def make_site(folder: Path, code: str, pth: bool = True) -> Path:
+    """A folder for PYTHONPATH whose `sitecustomize` first undoes what site-packages may have installed, then treats
+    `lenvm_lf.pth` as site-packages would; torchrun's ranks see it too."""
+    packages = folder / "packages"
+    packages.mkdir(parents=True)
+    lines = [
+        "import os, site, sys",
+        "sys.meta_path[:] = [f for f in sys.meta_path if f.__module__ != 'lenvm_lf._hook']",
+    ]
+    if pth:
+        (packages / "lenvm_lf.pth").write_text((ROOT / "lenvm_lf" / "lenvm_lf.pth").read_text())
+        lines += [code, f"site.addsitedir({str(packages)!r})"]
+    (folder / "sitecustomize.py").write_text("\n".join(lines) + "\n")
     return folder
 
 
+SITES = {
+    "pth": "",
+    # another signature of one function, as another version of the host would have
+    "broken": "from lenvm_lf import seams; s = seams.SEAMS['llamafactory.model.loader'][0]; "
+    "seams.SEAMS['llamafactory.model.loader'] = (seams.Seam(s.function, ('everything',), s.sha256),)",
+    "newer": "from lenvm_lf import seams; seams.metadata.version = lambda name: '0.9.6'",
+}
+
+
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, hook_dir: Path) -> World:
-    """One tiny world for the whole folder."""
-    return World(tmp_path_factory.mktemp("world"), hook_dir)
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """One tiny world for the whole folder; this process is hooked too."""
+    for key, value in base_env().items():
+        os.environ[key] = value
+    from lenvm_lf import _hook
+
+    _hook.install()
+    root = tmp_path_factory.mktemp("lf")
+    sites = {name: make_site(root / f"site_{name}", code) for name, code in SITES.items()}
+    sites["none"] = make_site(root / "site_none", "", pth=False)
+    return World(root, sites)
 
 
 @pytest.fixture(scope="session")
 def trained(world: World) -> Path:
-    """A checkpoint trained with an evaluation at the end."""
+    """A checkpoint of the real command line, with an evaluation, a prediction and plots at the end."""
     return world.train(world.root / "trained", eval_dataset="held_out", do_eval=True, do_predict=True, plot_loss=True)
-
-
-@pytest.fixture(scope="session")
-def history() -> Callable[[Path], list[dict[str, Any]]]:
-    """The logged steps of a run."""
-
-    def read(output: Path) -> list[dict[str, Any]]:
-        return json.loads((output / "trainer_state.json").read_text())["log_history"]
-
-    return read

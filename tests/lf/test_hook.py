@@ -1,0 +1,142 @@
+"""How the plug-in gets into the host, and that it stays out of everybody else's way."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lenvm_lf import _hook, seams
+
+ROOT = Path(__file__).resolve().parents[2]
+SFT = {"stage": "sft", "dataset": "chat", "max_steps": 4, "seed": 3}
+
+
+def outcome(output: Path) -> tuple[bytes, list[Any]]:
+    import json
+
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    logged = [{k: v for k, v in e.items() if "runtime" not in k and "per_second" not in k} for e in history]
+    return (output / "model.safetensors").read_bytes(), logged
+
+
+@pytest.mark.slow
+def test_plain_sft_is_bit_identical_with_without_and_switched_off(world: Any) -> None:
+    without = outcome(world.train(world.root / "sft_none", route="none", **SFT))
+    assert outcome(world.train(world.root / "sft_pth", route="pth", **SFT)) == without
+    off = world.train(world.root / "sft_off", route="pth", env={"LENVM_LF_DISABLE": "1"}, **SFT)
+    assert outcome(off) == without
+    assert len(without[1]) == 5
+
+
+@pytest.mark.slow
+def test_broken_seam_is_a_clear_error_and_leaves_plain_sft_alone(world: Any) -> None:
+    done = world.run(world.settings(world.root / "broken"), route="broken")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "stage `lenvm` cannot hook into this LlamaFactory: llamafactory.model.loader: `load_model` takes" in last
+    assert "expected ('everything',)" in last
+    assert "Install llamafactory>=0.9.5,<0.9.6" in last
+    world.train(world.root / "broken_sft", route="broken", **SFT)
+
+
+@pytest.mark.slow
+def test_another_host_version_is_refused(world: Any) -> None:
+    done = world.run(world.settings(world.root / "newer"), route="newer")
+    assert done.returncode != 0
+    assert "llamafactory 0.9.6 is outside the supported range >=0.9.5,<0.9.6" in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_explicit_route_in_torchrun_ranks_equals_one_process(world: Any) -> None:
+    """`lenvm-train` without the .pth, two ranks on gloo = one process with accumulation 2, step by step (Eq. 9)."""
+
+    common = {"disable_shuffling": True, "max_steps": 3, "learning_rate": 3e-4, "logging_steps": 1}
+    one = world.fit(world.root / "acc2", per_device_train_batch_size=6, gradient_accumulation_steps=2, **common)
+    env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    two = world.train(
+        world.root / "ddp", route="explicit", env=env, per_device_train_batch_size=6, ddp_backend="gloo", **common
+    )
+    for key in ("loss", "value_loss", "length_nll", "grad_norm"):
+        assert world.steps(two, key) == pytest.approx(world.steps(one, key), rel=2e-5), key
+
+
+def interpreter(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**{k: v for k, v in os.environ.items() if k != _hook.DISABLE}, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_hook_is_cheap_and_can_be_switched_off(world: Any) -> None:
+    site = {"PYTHONPATH": f"{ROOT}:{world.sites['pth']}"}
+    loaded = (
+        "import sys; print('lenvm_lf._hook' in sys.modules, "
+        "any(f.__module__ == 'lenvm_lf._hook' for f in sys.meta_path), 'torch' in sys.modules, 'lenvm' in sys.modules)"
+    )
+    assert interpreter(loaded, **site) == "True True False False"
+    assert interpreter(loaded, **site, LENVM_LF_DISABLE="1").split()[1] == "False"
+
+
+def test_start_file_names_the_same_entry_point() -> None:
+    """PEP 829 (Python >= 3.15): `module:callable`, imported and called."""
+    module, name = (ROOT / "lenvm_lf" / "lenvm_lf.start").read_text().strip().split(":")
+    assert getattr(importlib.import_module(module), name) is _hook.install
+
+
+def test_explicit_command_respects_the_off_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lenvm_lf import cli
+
+    monkeypatch.setenv(_hook.DISABLE, "1")
+    with pytest.raises(SystemExit, match="LENVM_LF_DISABLE is set"):
+        cli.main()
+
+
+def test_installing_after_the_host_is_reported() -> None:
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if f.__module__ != 'lenvm_lf._hook']\n"
+        "import types; sys.modules['llamafactory.train.tuner'] = types.ModuleType('x')\n"
+        "from lenvm_lf import _hook, seams; _hook.install(); print(seams.PROBLEMS[0])"
+    )
+    assert interpreter(code) == (
+        "llamafactory.train.tuner: imported before lenvm_lf was installed; install lenvm_lf first"
+    )
+
+
+def test_seams_are_those_of_the_tested_host(world: Any) -> None:
+    """The source of every touched function is the one this plug-in was written against."""
+    for name, group in seams.SEAMS.items():
+        module = importlib.import_module(name)
+        for seam in group:
+            function = getattr(module, seam.function)
+            original = getattr(function, "__wrapped__", function)
+            assert seams.source_hash(original) == seam.sha256, f"{name}.{seam.function}"
+    assert not seams.PROBLEMS
+    seams.check()
+
+
+def test_a_missing_name_is_found(world: Any) -> None:
+    import types
+
+    module = types.ModuleType("llamafactory.extras.constants")
+    with pytest.raises(seams.SeamError, match="it has no `TRAINING_STAGES`"):
+        seams._check_module(module)
+
+
+def test_stage_is_found_in_words_and_in_yaml() -> None:
+    assert seams.asks_for_stage({"stage": "lenvm"})
+    assert not seams.asks_for_stage({"stage": "sft"})
+    assert seams.asks_for_stage(["--do_train", "--stage", "lenvm"])
+    assert seams.asks_for_stage(["--stage=lenvm"])
+    assert not seams.asks_for_stage(["--stage", "sft", "lenvm"])
+    assert not seams.asks_for_stage(None)
