@@ -4,12 +4,14 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
 PYTHON  ?= python3
-ENVS    ?= $(if $(LENVM_ENVS),$(LENVM_ENVS),.envs)
+ENVS    := $(or $(LENVM_ENVS),.envs)
 TRAIN   := $(ENVS)/train/bin
 SERVE   := $(ENVS)/serve/bin
 PORT    ?= 8000
 DATA    ?=
 ARGS    ?=
+# Passed to env/build.py, e.g. ENV_ARGS="--device cpu"
+ENV_ARGS ?=
 PIPELINE = $(SERVE)/lenvm pipeline
 
 .PHONY: help
@@ -19,9 +21,9 @@ help: ## list the targets
 .PHONY: envs env-train env-serve
 envs: env-train env-serve ## build both environments (cached by a hash of the pins)
 env-train: ## build the training environment (LlamaFactory)
-	@$(PYTHON) env/build.py train
+	@$(PYTHON) env/build.py train $(ENV_ARGS)
 env-serve: ## build the serving environment (SGLang)
-	@$(PYTHON) env/build.py serve
+	@$(PYTHON) env/build.py serve $(ENV_ARGS)
 
 .PHONY: demo run-gsm8k serve-demo
 demo: envs ## the whole of LenVM on a small synthetic language, ending with a report; ARGS="--set key=value ..."

@@ -68,8 +68,8 @@ def find_python(device: str, wanted: str | None) -> str:
     oldest = OLDEST_PYTHON[device]
     if version[:2] < oldest:
         raise BuildError(
-            f"{path} is Python {'.'.join(map(str, version))}; the {device} environments need {oldest[0]}.{oldest[1]} or newer: "
-            "install python3.11, or give --python the path of one"
+            f"{path} is Python {'.'.join(map(str, version))}; the {device} environments need "
+            f"{oldest[0]}.{oldest[1]} or newer: install python3.11, or give --python the path of one"
         )
     return path
 
@@ -179,15 +179,14 @@ class Builder:
             self.pip("--no-deps", "--no-build-isolation", "--editable", str(ROOT))
 
     def refuse_cuda_torch(self, pin: str) -> None:
-        """The CPU recipe is right under a CPU torch only: a CUDA one is refused before its gigabytes of friends arrive."""
-        wheel = next(self.site_packages().glob("torch-*.dist-info"), None)
+        """Refuse a CUDA torch, under which the CPU recipe is wrong, before its gigabytes of friends arrive."""
         version_file = self.site_packages() / "torch" / "version.py"
         cuda = re.search(r"^cuda\b[^=]*=\s*(.+)$", version_file.read_text(encoding="utf-8"), re.MULTILINE)
         if cuda is None or cuda.group(1).strip() != "None":
             raise BuildError(
-                f"this machine has no GPU, and the index that pip uses gave a CUDA build for {pin} ({wheel.name if wheel else '?'}). "
-                "Set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index (the one its install page shows for 'Compute Platform: CPU') "
-                f"and run this again; with a GPU that was not found, run `python3 env/build.py {self.name} --device gpu`"
+                f"this machine has no GPU, and the index that pip uses gave a CUDA build for {pin}. Set "
+                "PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index (its install page shows it for 'Compute Platform: CPU') and "
+                f"run this again; if there is a GPU that was not found, run `python3 env/build.py {self.name} --device gpu`"
             )
 
     def copy_stand_ins(self) -> None:

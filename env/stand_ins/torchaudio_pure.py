@@ -22,7 +22,8 @@ def strip_extensions(torchaudio: Path) -> list[Path]:
     """
     if torch.version.cuda is not None:
         raise RuntimeError(
-            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}: torchaudio's extensions stay as they are"
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}: "
+            "torchaudio's extensions stay as they are"
         )
     version = (torchaudio / "version.py").read_text(encoding="utf-8")
     if not re.search(r"""^__version__.*\+cu\d""", version, re.MULTILINE):

@@ -1,9 +1,9 @@
 """Lets a CUDA build of torchvision be imported under a CPU build of torch.
 
 Why it exists: PyPI's torchvision for Linux is a CUDA build. Its C++ operators cannot load under a CPU torch, and
-`import torchvision` then dies, because its Python code registers fake kernels for two operators that were never defined.
-Both hosts import torchvision for image transforms, which need no operator. This module defines the two schemas, with no
-kernel behind them (calling one still raises), right before torchvision is imported.
+`import torchvision` then dies, because its Python code registers fake kernels for two operators that were never
+defined. Both hosts import torchvision for image transforms, which need no operator. This module defines the two
+schemas, with no kernel behind them (calling one still raises), right before torchvision is imported.
 
 `env/build.py` copies it into the CPU environments with a .pth line that imports it at interpreter start. It does
 nothing under a CUDA torch, nor with a torchvision whose own operators can load.

@@ -5,8 +5,8 @@ Why it exists: the `sglang-kernel` wheels hold CUDA kernels only, and SGLang's C
 `env/build.py` copies this package into the CPU serving environment; it refuses to be imported under a CUDA torch, where
 the real package belongs. Every function that is not here raises `NotImplementedError` when it is called.
 
-The signatures are SGLang's; functions write into their output argument and return None, as the originals do. "Slot" is an
-index into the KV pool. R requests, P columns of the slot table.
+The signatures are SGLang's; functions write into their output argument and return None, as the originals do. "Slot" is
+an index into the KV pool. R requests, P columns of the slot table.
 """
 
 import ctypes
@@ -17,8 +17,8 @@ import torch
 
 if torch.version.cuda is not None:
     raise ImportError(
-        f"this `sgl_kernel` is LenVM's CPU stand-in, and torch {torch.__version__} is built for CUDA {torch.version.cuda}; "
-        "install SGLang in an environment of its own (pip install 'lenvm[serve]')"
+        f"this `sgl_kernel` is LenVM's CPU stand-in, and torch {torch.__version__} is built for CUDA "
+        f"{torch.version.cuda}; install SGLang in an environment of its own (pip install 'lenvm[serve]')"
     )
 
 __version__ = "0.0.0+lenvm.cpu"
@@ -83,7 +83,8 @@ def assign_draft_cache_locs_contiguous_cpu(
 ) -> None:
     """Read the `topk * speculative_num_steps` slots that follow each sequence out of the slot table, packed.
 
-    req_pool_indices, seq_lens: int [R]; req_to_token: int [requests, P]; out_cache_loc: int [R * topk * steps], written.
+    req_pool_indices, seq_lens: int [R]; req_to_token: int [requests, P]; out_cache_loc: int [R * topk * steps],
+    written.
     """
     ends = seq_lens + topk * speculative_num_steps
     assign_extend_cache_locs_cpu(req_pool_indices, req_to_token, seq_lens, ends, out_cache_loc, pool_len)
@@ -120,8 +121,8 @@ def copy_all_layer_kv_cache_cpu(
     """Copy KV rows from slots `src_loc` to slots `tgt_loc` in every buffer, as if all were read before any is written.
 
     data_ptrs: uint64 [buffers], addresses of slot 0 of contiguous CPU buffers (keys and values of every layer);
-    strides: int [buffers], bytes a slot; tgt_loc, src_loc: int [N]. Overlapping moves are exact: the gather on the right
-    of the assignment is a copy. The caller vouches for addresses and slots, as it does with the CUDA kernel.
+    strides: int [buffers], bytes a slot; tgt_loc, src_loc: int [N]. Overlapping moves are exact: the gather on the
+    right of the assignment is a copy. The caller vouches for addresses and slots, as it does with the CUDA kernel.
 
     Raises ValueError if tgt_loc and src_loc differ in length.
     """
@@ -138,7 +139,7 @@ def copy_all_layer_kv_cache_cpu(
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
-    """Anything else SGLang imports: importable, since SGLang imports whole lists of kernels, and an error when called."""
+    """Anything else: importable, since SGLang imports whole lists of kernels, and an error when called."""
     if name.startswith("__"):
         raise AttributeError(name)
 

@@ -1,0 +1,1 @@
+"""The house: environments, stand-ins, wheel, test runner."""
