@@ -184,9 +184,10 @@ class Builder:
         cuda = re.search(r"^cuda\b[^=]*=\s*(.+)$", version_file.read_text(encoding="utf-8"), re.MULTILINE)
         if cuda is None or cuda.group(1).strip() != "None":
             raise BuildError(
-                f"this machine has no GPU, and the index that pip uses gave a CUDA build for {pin}. Set "
-                "PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index (its install page shows it for 'Compute Platform: CPU') and "
-                f"run this again; if there is a GPU that was not found, run `python3 env/build.py {self.name} --device gpu`"
+                f"this machine has no GPU, and the index that pip uses gave a CUDA build for {pin}. "
+                "Set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index (its install page shows it for "
+                "'Compute Platform: CPU') and run this again; if there is a GPU that was not found, "
+                f"run `python3 env/build.py {self.name} --device gpu`"
             )
 
     def copy_stand_ins(self) -> None:
