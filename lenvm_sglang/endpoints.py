@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -73,10 +74,9 @@ def mount(app: Any, tokenizer_manager: Any, info: dict[str, Any] | None) -> None
     async def lenvm_predict(request: Request) -> JSONResponse:
         try:
             body = PredictRequest.model_validate_json(await request.body())
+            data = await _predict(body, request, tokenizer_manager)
         except ValidationError as error:
             return refuse(_problems(error))
-        try:
-            data = await _predict(body, request, tokenizer_manager)
         except ValueError as error:
             return refuse(str(error))
         return JSONResponse({"object": "list", "data": [p.model_dump() for p in data]})
@@ -130,8 +130,17 @@ async def _predict_chat(index: int, messages: list[Message], body: PredictReques
     finally:
         collected.reset(token)
     if 0 not in reports:
-        raise PredictError(bytes(getattr(response, "body", b"")).decode() or "the server gave no answer.")
+        raise PredictError(_host_message(response))
     return _prediction(index, reports[0], response.usage.prompt_tokens)
+
+
+def _host_message(response: Any) -> str:
+    """The sentence of an error that the host answered."""
+    try:
+        body = json.loads(response.body)
+        return str(body.get("error", body)["message"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "the server gave no answer."
 
 
 def _problems(error: ValidationError) -> str:

@@ -212,7 +212,7 @@ class LengthFieldsMiddleware:
                 )
             return raw, False
         guided = lift_fields(body, path, self.served, self.context_length)
-        return json.dumps(body).encode(), guided
+        return (json.dumps(body).encode(), True) if guided else (raw, False)
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -1,0 +1,93 @@
+"""Tiny pairs of a base model and a length value model, with random weights that make their opinions strong."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+
+from lenvm.bins import LengthBins
+from lenvm.format import LenvmConfig
+from lenvm.modeling import LengthValueModel, backbone_class
+
+VOCABULARY = 320
+CONTEXT = 512
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer(extra: str = "") -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer; `extra` text changes its merges."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    core.train_from_iterator([f"the quick brown fox says hello world yes no maybe {extra}"] * 20, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def shape(family: type[PretrainedConfig], eos: int) -> PretrainedConfig:
+    """A two-layer config."""
+    extra = {"head_dim": 16} if family is Qwen3Config else {}
+    return family(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        eos_token_id=eos,
+        bos_token_id=None,
+        pad_token_id=0,
+        initializer_range=0.2,
+        **extra,
+    )
+
+
+def make_pair(directory: Path, base: type[PretrainedConfig], value: type[PretrainedConfig], heads: int = 2) -> Path:
+    """Write `directory`/base and `directory`/lenvm; `heads` 1 makes a value-only LenVM."""
+    torch.manual_seed(0)
+    words = tokenizer()
+    eos = words.convert_tokens_to_ids("<|im_end|>")
+    model = backbone_class(shape(base, eos))(shape(base, eos))
+    with torch.no_grad():
+        model.lm_head.weight[eos] *= 0.3  # answers of random weights should not stop at once
+    model.save_pretrained(directory / "base")
+    bins = LengthBins.for_max_length(64).centres if heads == 2 else ()
+    names = ("value", "length")[:heads]
+    lenvm = LengthValueModel.from_backbone(shape(value, eos), LenvmConfig(gamma=0.97, bins=bins, heads=names))
+    for head in (lenvm.value_head, lenvm.length_head):
+        if head is not None:
+            torch.nn.init.normal_(head.w2, std=0.4)
+    lenvm.save_pretrained(directory / "lenvm")
+    for part in ("base", "lenvm"):
+        words.save_pretrained(directory / part)
+    return directory
+
+
+def prompts(count: int, seed: int, shared: int = 0) -> list[list[int]]:
+    """Random prompts without special tokens; the last third shares a prefix of `shared` tokens."""
+    draw = random.Random(seed)
+
+    def tokens(n: int) -> list[int]:
+        return [draw.randrange(3, VOCABULARY - 1) for _ in range(n)]
+
+    prefix = tokens(shared)
+    alone = count - count // 3 if shared else count
+    return [tokens(draw.randrange(2, 60)) for _ in range(alone)] + [prefix + tokens(5) for _ in range(count - alone)]
+
+
+FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}

@@ -1,0 +1,172 @@
+"""A real server beside an independent implementation: modes in one batch, reuse, chunks, retraction, grammar."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.sglang.conftest import Server
+from tests.sglang.models import prompts
+from tests.sglang.reference import Reference
+
+pytestmark = pytest.mark.slow
+
+LIMIT = 24
+FIELDS: tuple[dict[str, Any] | None, ...] = (
+    {"length_target": 16},
+    {"length_target": 9, "length_mode": "at_most"},
+    {"length_target": 20, "length_mode": "at_least"},
+    None,
+    {"length_target": 12, "length_control": "hard"},
+    {"length_target": 10, "length_control": "hard", "length_mode": "at_most"},
+    {"length_target": 14, "length_control": "soft"},
+    {"length_bias": 6.0},
+    {"length_bias": -6.0},
+    {"length_target": 15, "length_tolerance": 0.2, "length_sharpness": 4.0},
+    {"length_target": 11, "length_strict": True},
+    {"return_length_values": True},
+    None,
+    {"length_target": 7, "length_mode": "at_most", "length_strict": True},
+    {"length_target": 18, "length_mode": "at_least", "length_strict": True},
+)
+
+
+def together(
+    server: Server, asked: list[tuple[list[int], dict[str, Any] | None]], limit: int = LIMIT
+) -> list[dict[str, Any]]:
+    """All requests at once, so that they share batches."""
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(lambda a: server.generate(a[0], limit, a[1]), asked))
+
+
+def test_guided_greedy_equals_transformers_in_one_mixed_batch(guided: Server, reference: Reference) -> None:
+    asked = list(zip(prompts(len(FIELDS), seed=1, shared=40), FIELDS, strict=True))
+    answers = together(guided, asked)
+    steered = 0
+    for (prompt, fields), answer in zip(asked, answers, strict=True):
+        expected = reference.greedy(prompt, LIMIT, fields)
+        assert answer["output_ids"] == expected, f"{fields}"
+        steered += expected != reference.greedy(prompt, LIMIT, None)
+    assert steered >= 8, "guidance hardly changed anything, so the comparison proves little"
+
+
+def test_stress_chunked_prefill_and_retraction(stressed: Server, mixed_reference: Reference) -> None:
+    """Llama base, Qwen3 LenVM, chunks of 16 tokens, the host retracting requests all the time."""
+    asked = list(zip(prompts(len(FIELDS), seed=2, shared=40), FIELDS, strict=True))
+    answers = together(stressed, asked)
+    for (prompt, fields), answer in zip(asked, answers, strict=True):
+        assert answer["output_ids"] == mixed_reference.greedy(prompt, LIMIT, fields), f"{fields}"
+    assert sum(a["meta_info"]["num_retractions"] for a in answers) > 0, "nothing was retracted: the test tests nothing"
+
+
+def test_unguided_rows_are_those_of_a_server_without_lenvm(guided: Server, plain: Server) -> None:
+    texts = prompts(10, seed=3)
+    mixed = [(p, {"length_target": 12} if i % 2 else None) for i, p in enumerate(texts)]
+    with_lenvm = together(guided, mixed)
+    without = together(plain, [(p, None) for p in texts])
+    for i in range(0, len(texts), 2):
+        assert with_lenvm[i]["output_ids"] == without[i]["output_ids"]
+        assert "lenvm" not in with_lenvm[i]
+        assert with_lenvm[i]["meta_info"].keys() == without[i]["meta_info"].keys()
+
+
+def test_prefixes_are_reused_within_guided_requests_only(guided: Server, reference: Reference) -> None:
+    fields = {"length_target": 14}
+    (first,) = prompts(1, seed=4)
+    answer = guided.generate(first, LIMIT, fields)
+    longer = first + answer["output_ids"][:-1]
+    again = guided.generate(longer, LIMIT, fields)
+    assert again["meta_info"]["cached_tokens"] >= len(longer) - 1
+    assert again["output_ids"] == reference.greedy(longer, LIMIT, fields)
+
+    (other,) = prompts(1, seed=5)
+    guided.generate(other, LIMIT)
+    answer = guided.generate(other, LIMIT, fields)
+    assert answer["meta_info"]["cached_tokens"] == 0, "a prefix without value KV was reused"
+    assert answer["output_ids"] == reference.greedy(other, LIMIT, fields)
+
+
+def test_a_client_cannot_enter_the_namespace(guided: Server, reference: Reference) -> None:
+    (prompt,) = prompts(1, seed=6)
+    fields = {"length_target": 14}
+    for _ in range(2):
+        body = {
+            "input_ids": prompt,
+            "sampling_params": {"max_new_tokens": LIMIT, "temperature": 0},
+            "extra_key": "lenvm-0",
+        }
+        answer = guided.post("/generate", {**body, **fields}).json()
+        assert answer["output_ids"] == reference.greedy(prompt, LIMIT, fields)
+        guided.post("/generate", body)
+
+
+def test_values_are_those_of_transformers(guided: Server, reference: Reference) -> None:
+    (prompt,) = prompts(1, seed=7)
+    for fields in ({"return_length_values": True}, {"return_length_values": True, "length_target": 10}):
+        report = guided.generate(prompt, 6, fields)["lenvm"]
+        tokens = reference.greedy(prompt, 6, fields)
+        assert report["predicted_length"] == pytest.approx(reference.expected_length(prompt), rel=1e-4)
+        expected = [
+            0.0 if t == reference.stop else reference.expected_length(prompt + tokens[: i + 1])
+            for i, t in enumerate(tokens)
+        ]
+        assert report["values"] == pytest.approx(expected, rel=1e-4)
+        assert report["achieved"] == len(tokens)
+        assert report["quantiles"]["p10"] <= report["quantiles"]["p50"] <= report["quantiles"]["p90"]
+
+
+def test_strict_means_exact_counts_whatever_the_temperature(guided: Server) -> None:
+    checks = {"equal_to": int.__eq__, "at_most": int.__le__, "at_least": int.__ge__}
+    asked = [
+        (p, {"length_target": t, "length_mode": mode, "length_strict": True})
+        for mode in checks
+        for t, p in zip((1, 2, 5, 17), prompts(4, seed=8), strict=True)
+    ]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda a: guided.generate(a[0], 60, a[1], temperature=1.0), asked))
+    for (_, fields), answer in zip(asked, answers, strict=True):
+        count = answer["meta_info"]["completion_tokens"]
+        assert checks[fields["length_mode"]](count, fields["length_target"]), f"{fields}: {count}"
+        if fields["length_mode"] != "at_least":
+            assert answer["meta_info"]["finish_reason"]["type"] == "stop"
+
+
+def test_grammar_is_kept(guided: Server) -> None:
+    """The mask comes first: a length target chooses among what it allows."""
+    for target in (2, 6, 12):
+        answer = guided.generate(prompts(1, seed=9)[0], 40, {"length_target": target}, regex="(yes|no|maybe)( no)*")
+        assert re.fullmatch("(yes|no|maybe)( no)*", answer["text"]), answer["text"]
+
+
+def test_a_seed_gives_the_same_answer_in_any_company(guided: Server) -> None:
+    (prompt,) = prompts(1, seed=10)
+    fields = {"length_target": 12}
+
+    def ask(seed: int | None) -> list[int]:
+        return guided.generate(prompt, LIMIT, fields, temperature=1.0, sampling_seed=seed)["output_ids"]
+
+    alone = ask(7)
+    with ThreadPoolExecutor(6) as pool:
+        crowd = list(pool.map(ask, [7, 8, 9, 7, None, None]))
+    assert crowd[0] == crowd[3] == alone
+    assert len({tuple(c) for c in crowd[1:3]} | {tuple(alone)}) == 3
+    assert crowd[4] != crowd[5]
+
+
+def test_max_tokens_cuts_and_says_so(guided: Server) -> None:
+    answer = guided.generate(prompts(1, seed=11)[0], 3, {"length_target": 3, "length_mode": "at_most"})
+    assert answer["meta_info"]["completion_tokens"] <= 3
+
+
+def test_aborted_requests_leave_nothing_behind(guided: Server, reference: Reference) -> None:
+    import httpx
+
+    (prompt,) = prompts(1, seed=12)
+    body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 400}, "length_target": 400, "stream": True}
+    with httpx.stream("POST", guided.url + "/generate", json=body, timeout=60) as response:
+        next(response.iter_lines())
+    fields = {"length_target": 12}
+    assert guided.generate(prompt, LIMIT, fields)["output_ids"] == reference.greedy(prompt, LIMIT, fields)
