@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lenvm.format import LenvmConfig, LenvmFormatError, write_lenvm_config
+from lenvm.format import LenvmConfig, write_lenvm_config
 from lenvm.modeling import HEAD_NAMES, LengthValueModel, backbone_class, prepare_config
 
 ADAPTER_FILE = "lenvm.json"
@@ -105,7 +105,7 @@ def refuse_other_stage(model_args: Any, stage: str) -> None:
     for place in [*(model_args.adapter_name_or_path or []), model_args.model_name_or_path]:
         try:
             found = local_block(place)
-        except (LenvmFormatError, ValueError):  # not ours to judge here
+        except (OSError, ValueError):  # not ours to judge here
             continue
         if found is not None:
             raise ValueError(f"{place} is a length value model, but the stage is {stage!r}; add `stage: lenvm`.")

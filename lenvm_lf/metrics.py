@@ -166,4 +166,5 @@ class LengthMetrics:
                 "coverage_p90": ratio("covered_p90", "finished_rows"),
             }
             out |= {f"expected_length_mae_{p}": ratio(f"expected_ae_{p}", f"rows_{p}") for p in POSITIONS}
+        out = {name: value for name, value in out.items() if not math.isnan(value)}  # nothing finished: nothing to say
         return out | {"targets": int(s.get("targets", 0)), "censored_targets": int(s.get("censored_targets", 0))}

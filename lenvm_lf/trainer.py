@@ -47,6 +47,8 @@ class LengthValueTrainer(Trainer):
         self.metrics_of = LengthMetrics(lenvm, self.length_weight)
         self._parts: Tensor | None = None  # [value, length] loss, summed over the steps since the last log
         self._last_logged_step = 0
+        self.keep_states = False  # collect what `store_spread` fits, over the evaluations to come
+        self._states: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         if processor is not None:
             self.add_callback(SaveProcessorCallback(processor))
 
@@ -131,19 +133,21 @@ class LengthValueTrainer(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in self.metrics_of.result().items()})
+        if self.keep_states:
+            self._states += zip(self.metrics_of.predicted, self.metrics_of.true, strict=True)
         return output
 
     def store_spread(self) -> LenvmConfig | None:
-        """Fit the spread of the true length around n_hat on the states of the last evaluation and write it into the
-        saved model's `lenvm` block (what a value-only checkpoint's length distribution rests on).
+        """Fit the spread of the true length around n_hat on the states evaluated since `keep_states` was set, and write
+        it into the saved model's `lenvm` block (what a value-only checkpoint's length distribution rests on).
 
         Returns:
-            the new block, or None if the evaluation saw fewer than two states of finished completions.
+            the new block, or None if there were fewer than two states of finished completions.
         """
-        if sum(len(n) for n in self.metrics_of.true) < 2:
+        if sum(len(n) for _, n in self._states) < 2:
             return None
-        predicted = torch.from_numpy(np.concatenate(self.metrics_of.predicted))
-        spread = fit_spread(predicted, torch.from_numpy(np.concatenate(self.metrics_of.true)))
+        predicted, true = (torch.from_numpy(np.concatenate(part)) for part in zip(*self._states, strict=True))
+        spread = fit_spread(predicted, true)
         self.set_block(self.lenvm.model_copy(update={"spread": spread}))
         if self.is_world_process_zero():
             write_block(self.args.output_dir, self.lenvm)

@@ -92,11 +92,13 @@ def run_lenvm(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
     if training_args.do_train:
         train(trainer, training_args, finetuning_args)
     if training_args.do_eval:
+        trainer.keep_states = training_args.do_train
         metrics = trainer.evaluate(metric_key_prefix="eval")
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
         if training_args.do_train:
             trainer.store_spread()
+            trainer.keep_states = False
     if training_args.do_predict:
         if isinstance(eval_set, dict):
             raise ValueError("`do_predict` writes one file; set `eval_on_each_dataset: false`.")
