@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lenvm.evaluation.bootstrap import Clustered, Interval, difference_interval, mean_interval, ratio_interval
+from lenvm.evaluation.bootstrap import (
+    Clustered,
+    Interval,
+    difference_interval,
+    mean_interval,
+    ratio_interval,
+    share_interval,
+)
 from lenvm.evaluation.client import Answer
 from lenvm.evaluation.data import NaturalData, NaturalPrompt
 from lenvm.evaluation.metrics import (
@@ -61,7 +68,7 @@ def natural_summary(data: NaturalData) -> NaturalSummary:
         censored=100.0 * float(np.mean(cut)),
         mean_length=float(lengths.mean()),
         percentiles={f"p{q}": float(np.percentile(lengths, q)) for q in (5, 25, 50, 75, 95, 99)},
-        accuracy=Estimate.of(mean_interval(correct.values, correct.prompts), 100.0),
+        accuracy=Estimate.of(share_interval(correct.values, correct.prompts), 100.0),
         lengths=np.bincount(lengths).tolist(),
     )
 
@@ -129,14 +136,14 @@ def _row(
         label=CONTROLLERS[controller].label,
         length_score=_certain(mean_interval(length_score(lengths, targets, _mode(mode)), ids)),
         deviation=_certain(mean_interval(np.abs(length_deviation(lengths, targets)), ids), 100.0),
-        kept=_certain(mean_interval(kept(lengths, targets, _mode(mode)).astype(np.float64), ids), 100.0),
+        kept=_certain(share_interval(kept(lengths, targets, _mode(mode)).astype(np.float64), ids), 100.0),
         natural_stops=_stops(answers, log_probs),
         base_log_prob=Estimate.of(mean_interval(scored.values, scored.prompts)),
         log_prob_difference=None
         if controller == BASE.key
         else Estimate.of(difference_interval(scored, _clustered_log_probs(base, log_probs))),
         repetition=_certain(mean_interval([repetition(a.token_ids) for a in answers], ids), 100.0),
-        accuracy=Estimate.of(mean_interval(right, [a.request.prompt_id for a in solved]), 100.0),
+        accuracy=Estimate.of(share_interval(right, [a.request.prompt_id for a in solved]), 100.0),
         mean_length=_certain(mean_interval(lengths.astype(np.float64), ids)),
         points=[(int(t), int(n)) for t, n in zip(targets, lengths, strict=True)] if points else [],
     )
@@ -157,7 +164,7 @@ def _stops(answers: Sequence[Answer], log_probs: LogProbs) -> Estimate | None:
     if any(a.request.key not in log_probs for a in answers):
         return None
     stops = [float(natural_stop(a, log_probs[a.request.key].last)) for a in answers]
-    return Estimate.of(mean_interval(stops, [a.request.prompt_id for a in answers]), 100.0)
+    return Estimate.of(share_interval(stops, [a.request.prompt_id for a in answers]), 100.0)
 
 
 def median_rows(answers: Sequence[Answer], data: NaturalData) -> list[MedianRow]:
@@ -166,7 +173,7 @@ def median_rows(answers: Sequence[Answer], data: NaturalData) -> list[MedianRow]
     base = base_accuracy(data)
     rows = []
     if len(base.values):
-        own = mean_interval(base.values, base.prompts)
+        own = share_interval(base.values, base.prompts)
         rows.append(
             MedianRow(
                 controller="base",
@@ -186,9 +193,9 @@ def median_rows(answers: Sequence[Answer], data: NaturalData) -> list[MedianRow]
             MedianRow(
                 controller=key,
                 label=CONTROLLERS[key].label,
-                accuracy=_certain(mean_interval(right.values, right.prompts), 100.0),
+                accuracy=_certain(share_interval(right.values, right.prompts), 100.0),
                 difference=Estimate.of(difference_interval(right, base), 100.0),
-                kept=Estimate.of(mean_interval(hits, right.prompts), 100.0),
+                kept=Estimate.of(share_interval(hits, right.prompts), 100.0),
             )
         )
     return rows
@@ -214,7 +221,7 @@ def trade_off(answers: Sequence[Answer], data: NaturalData) -> TradeOff | None:
             setting=setting,
             label=label,
             mean_length=mean_length,
-            accuracy=_certain(mean_interval(right.values, right.prompts), 100.0),
+            accuracy=_certain(share_interval(right.values, right.prompts), 100.0),
             share_of_base=Estimate.of(ratio_interval(right, base_right), 100.0),
             overruns=Estimate.of(over, 100.0),
             hard_cut_accuracy=100.0 * accuracy_at_length(lengths, accuracies, mean_length.value),
@@ -234,13 +241,13 @@ def trade_off(answers: Sequence[Answer], data: NaturalData) -> TradeOff | None:
             continue
         limit = chosen[0].request.target
         assert limit is not None, "a budget request always carries a target"
-        over = mean_interval((length > limit).astype(np.float64), right.prompts)
+        over = share_interval((length > limit).astype(np.float64), right.prompts)
         short, after = hard_cut(length, right.values, limit)
         at_most.append(
             point(limit, f"at_most {limit}", Clustered(short, right.prompts), Clustered(after, right.prompts), over)
         )
         short, after = hard_cut(all_lengths, all_right, limit)
-        over = mean_interval((all_lengths > limit).astype(np.float64), base_right.prompts)
+        over = share_interval((all_lengths > limit).astype(np.float64), base_right.prompts)
         cuts.append(
             point(
                 limit,
@@ -251,7 +258,7 @@ def trade_off(answers: Sequence[Answer], data: NaturalData) -> TradeOff | None:
             )
         )
     return TradeOff(
-        base_accuracy=_certain(mean_interval(base_right.values, base_right.prompts), 100.0),
+        base_accuracy=_certain(share_interval(base_right.values, base_right.prompts), 100.0),
         base_mean_length=_certain(mean_interval(all_lengths, base_right.prompts)),
         budgets=sorted(at_most, key=lambda p: p.setting),
         biases=sorted(biases, key=lambda p: p.setting),

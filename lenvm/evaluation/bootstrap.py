@@ -67,11 +67,7 @@ class Clustered:
 
 
 def mean_interval(values: ArrayLike, prompts: Sequence[str], seed: int = 0) -> Interval | None:
-    """Mean over completions with a clustered bootstrap interval; None where there are no values.
-
-    If all values are 0 or all are 1 the bootstrap is blind; then the open end is the exact one-sided bound
-    (alpha/2)^(1/prompts), as if each prompt were one trial.
-    """
+    """Mean over completions with a clustered bootstrap interval; None where there are no values."""
     data = Clustered(np.asarray(values, dtype=np.float64), prompts)
     if not len(data.values):
         return None
@@ -79,10 +75,21 @@ def mean_interval(values: ArrayLike, prompts: Sequence[str], seed: int = 0) -> I
     means = _replicate_means(data, order, _weights(len(order), seed))
     value = float(np.mean(np.asarray(data.values)))
     low, high = _ends(means)
-    if np.all(np.asarray(data.values) == value) and value in (0.0, 1.0):
-        bound = ((1.0 - LEVEL) / 2.0) ** (1.0 / len(order))
-        low, high = (bound, 1.0) if value == 1.0 else (0.0, 1.0 - bound)
     return Interval(value, low, high, len(data.values), len(order))
+
+
+def share_interval(hits: ArrayLike, prompts: Sequence[str], seed: int = 0) -> Interval | None:
+    """Share of completions that are hits (true / 1), with its interval; None where there are none.
+
+    If all or none are hits the bootstrap is blind; then the open end is the exact bound (alpha / 2)^(1 / prompts), as
+    if each prompt were one trial.
+    """
+    found = mean_interval(hits, prompts, seed)
+    if found is None or found.value not in (0.0, 1.0):
+        return found
+    bound = ((1.0 - LEVEL) / 2.0) ** (1.0 / found.prompts)
+    low, high = (bound, 1.0) if found.value == 1.0 else (0.0, 1.0 - bound)
+    return Interval(found.value, low, high, found.n, found.prompts)
 
 
 def difference_interval(a: Clustered, b: Clustered, seed: int = 0) -> Interval | None:

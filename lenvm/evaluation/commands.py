@@ -12,7 +12,16 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+LOG_WIDTH = 140
 app = typer.Typer(help="Measure length control, its price in quality, and length prediction.", no_args_is_help=True)
+
+
+def wide_console() -> Console:
+    """A console at least as wide as the tables where the output is no terminal (a log, a pipe)."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, LOG_WIDTH))
 
 
 def _floats(text: str, name: str) -> tuple[float, ...]:
@@ -77,8 +86,6 @@ def control(
 
     Interrupted runs are taken up where they stopped; every answer is kept in OUT/requests.jsonl.
     """
-    from rich.console import Console
-
     from lenvm.evaluation.client import ServerSettings
     from lenvm.evaluation.data import read_natural
     from lenvm.evaluation.errors import EvaluationError
@@ -88,7 +95,7 @@ def control(
     from lenvm.evaluation.tables import show
     from lenvm.format import LenvmFormatError
 
-    console = Console()
+    console = wide_console()
     sizes = Sizes(
         targets=targets,
         bound_targets=bound_targets,
@@ -115,13 +122,11 @@ def control(
 @app.command()
 def show(out: Annotated[Path, typer.Argument(help="Output directory of `lenvm eval control`.")]) -> None:
     """Print the tables of an earlier run again."""
-    from rich.console import Console
-
     from lenvm.evaluation.errors import EvaluationError
     from lenvm.evaluation.schema import read_results
     from lenvm.evaluation.tables import show as show_tables
 
-    console = Console()
+    console = wide_console()
     try:
         show_tables(read_results(out / "results.json"), console)
     except EvaluationError as error:

@@ -64,6 +64,7 @@ def base_log_probs(
     import torch
     from transformers import AutoModelForCausalLM
 
+    _quiet()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
@@ -104,6 +105,7 @@ def predict_at_prompt(lenvm_dir: Path, prompts: Sequence[Sequence[int]]) -> Prom
     from lenvm.definitions import length_from_logit
     from lenvm.modeling import LengthValueModel
 
+    _quiet()
     model = LengthValueModel.from_pretrained(lenvm_dir, dtype=torch.float32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
@@ -129,6 +131,13 @@ def predict_at_prompt(lenvm_dir: Path, prompts: Sequence[Sequence[int]]) -> Prom
     if not has_length:
         return PromptPrediction(value, None, None, None, None, model.lenvm.gamma)
     return PromptPrediction(value, consistent, expected, p50, p90, model.lenvm.gamma)
+
+
+def _quiet() -> None:
+    """No second progress bar inside ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -30,15 +30,18 @@ def show(results: Results, console: Console) -> None:
         )
     if results.criteria:
         console.print(criteria_table(results.criteria))
-    console.print("In parentheses: 95 % intervals, resampled by prompt.", style="dim")
+    console.print(
+        "± is the wider side of the 95 % interval, resampled by prompt; results.json has both ends.", style="dim"
+    )
 
 
 def figure(estimate: Estimate | None, digits: int = 1, interval: bool = True) -> str:
-    """`91.8 (90.1, 93.2)`; a dash where there is none."""
+    """`91.8 ±2.1`, the wider side of the interval; a dash where there is none."""
     if estimate is None:
         return "–"
     text = f"{estimate.value:.{digits}f}"
-    return f"{text} [dim]({estimate.low:.{digits}f}, {estimate.high:.{digits}f})[/dim]" if interval else text
+    side = max(estimate.value - estimate.low, estimate.high - estimate.value)
+    return f"{text} [dim]±{side:.{digits}f}[/dim]" if interval else text
 
 
 def criteria_table(criteria: Sequence[Criterion]) -> Table:
@@ -62,6 +65,8 @@ def wanted(criterion: Criterion) -> str:
     low, high, unit = criterion.at_least, criterion.at_most, f" {criterion.unit}" if criterion.unit else ""
     if low is not None and high is not None:
         return f"within ±{high:g}{unit}" if low == -high else f"{low:g} to {high:g}{unit}"
+    if low == 100 and unit == " %":
+        return "100 %"
     return f"≥ {low:g}{unit}" if low is not None else f"≤ {high:g}{unit}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lenvm.evaluation.bootstrap import Clustered, difference_interval, mean_interval, ratio_interval
+from lenvm.evaluation.bootstrap import Clustered, difference_interval, mean_interval, ratio_interval, share_interval
 
 
 def _clusters(prompts: int, each: int, between: float, within: float, seed: int) -> tuple[np.ndarray, list[str]]:
@@ -50,11 +50,11 @@ def test_ratio():
 
 
 def test_all_hits_do_not_give_a_width_of_zero():
-    found = mean_interval([1.0] * 200, [f"p{i // 2}" for i in range(200)])
+    found = share_interval([1.0] * 200, [f"p{i // 2}" for i in range(200)])
     assert found is not None
     assert found.high == 1.0
     assert found.low == pytest.approx(0.025 ** (1 / 100))
-    none = mean_interval([0.0] * 50, [f"p{i}" for i in range(50)])
+    none = share_interval([0.0] * 50, [f"p{i}" for i in range(50)])
     assert none is not None
     assert (none.low, none.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 50)))
 

@@ -61,7 +61,7 @@ def test_a_server_that_obeys_gets_full_marks_and_the_base_does_not(world, fake_s
     assert any("share of the base's accuracy" in name for name in names)
     assert not next(c for c in results.criteria if c.name == "held-out prompts").met
     for phrase in ("Length Score", "Thresholds", "coverage of p50", "guided / unguided", "cut at"):
-        assert phrase in done.output
+        assert phrase in " ".join(done.output.split())
     sent = fake_server.seen[-1]
     assert sent["temperature"] == 1.0
     assert sent["top_p"] == 1.0
