@@ -4,9 +4,9 @@ KV bookkeeping in one paragraph. The value model's KV pool is addressed by the *
 reuse, chunked prefill, retraction and abort need no bookkeeping of ours: whatever slot the host gives a token, the
 value KV of that token lives in the same slot. Behind them lie scratch slots, K for each row of the host's request pool.
 A candidate forward writes the KV of a row's K candidates there; `remember` notes which one was chosen, and when the
-host feeds that token in its next step, `follow` copies the KV to the slot the token got. Requests with length fields have a
-radix-tree namespace of their own (`lenvm_sglang.admission`), so that a reused prefix always has value KV, and requests
-without length fields are neither prefilled nor scored here.
+host feeds that token in its next step, `follow` copies the KV to the slot the token got. Requests with length fields
+have a radix-tree namespace of their own (`lenvm_sglang.admission`), so that a reused prefix always has value KV, and
+requests without length fields are neither prefilled nor scored here.
 """
 
 from __future__ import annotations

@@ -1,0 +1,328 @@
+"""Parts of the plug-in without a server: attention of candidates, row parameters, batches, middleware."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lenvm.guidance import Control, Mode
+from lenvm.request import LengthFieldError, LengthRequest
+from lenvm_sglang.admission import admit, draw_seed, number_samples, state_of
+from lenvm_sglang.attention import CandidateLayout, attend
+from lenvm_sglang.middleware import CHAT, COMPLETIONS, GENERATE, LengthFieldsMiddleware, annotate, lift_fields
+from lenvm_sglang.outputs import HostLengthOutput
+from lenvm_sglang.responses import collected
+from lenvm_sglang.state import RequestState, RowTable
+from lenvm_sglang.worker import LengthRows, select_rows
+
+
+def state(**changes: Any) -> RequestState:
+    values: dict[str, Any] = {
+        "request": LengthRequest.parse({"length_target": 9, "length_mode": "at_most"}),
+        "prompt_tokens": 4,
+        "seed": 1,
+        "stop_token_ids": (2,),
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 0.9,
+        "min_p": 0.0,
+        "greedy": False,
+    }
+    return RequestState(**{**values, **changes})
+
+
+def test_candidate_attention_is_that_of_separate_sequences() -> None:
+    """Each candidate alone behind its prefix, softmax written out, against one call with a shared prefix."""
+    torch.manual_seed(0)
+    lengths, width, q_heads, kv_heads, dim = [5, 1, 8], 3, 4, 2, 8
+    k_cache, v_cache = torch.randn(2, 40, kv_heads, dim)
+    table = torch.full((6, 16), 39, dtype=torch.int32)
+    pool_rows = torch.tensor([4, 0, 2])
+    slots = iter(torch.randperm(39).tolist())
+    for row, n in zip(pool_rows.tolist(), lengths, strict=True):
+        table[row, :n] = torch.tensor([next(slots) for _ in range(n)])
+    q = torch.randn(3 * width, q_heads, dim)
+    k, v = torch.randn(2, 3 * width, kv_heads, dim)
+    layout = CandidateLayout.build(table, pool_rows, torch.tensor(lengths), max(lengths), width)
+    out = attend(q, k, v, layout, k_cache, v_cache, 0.3)
+    for i in range(3 * width):
+        row = i // width
+        prefix = table[pool_rows[row], : lengths[row]].long()
+        for head in range(q_heads):
+            kv = head * kv_heads // q_heads
+            keys = torch.cat([k_cache[prefix, kv], k[i : i + 1, kv]])
+            values = torch.cat([v_cache[prefix, kv], v[i : i + 1, kv]])
+            expected = torch.softmax(keys @ q[i, head] * 0.3, 0) @ values
+            torch.testing.assert_close(out[i, head], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_row_table_gives_back_what_was_written_and_counts_from_the_sequence() -> None:
+    table = RowTable(rows=8, device="cpu")
+    strict = LengthRequest.parse({"length_target": 30, "length_strict": True, "length_control": "hard"})
+    biased = LengthRequest.parse({"length_bias": -1.5})
+    many = tuple(range(10, 17))
+    states = [state(), state(request=strict, prompt_tokens=7, stop_token_ids=many), state(request=biased, greedy=True)]
+    table.write(torch.tensor([5, 1, 3]), states)
+    rows = table.read(torch.tensor([3, 5, 1]), torch.tensor([10, 4, 9]))
+    assert rows.guidance.control.tolist() == [Control.BIAS, Control.POSTERIOR, Control.HARD]
+    assert rows.guidance.mode.tolist() == [Mode.EQUAL_TO, Mode.AT_MOST, Mode.EQUAL_TO]
+    assert rows.guidance.emitted.tolist() == [6, 0, 2]
+    assert rows.guidance.strict.tolist() == [False, False, True]
+    assert rows.guidance.bias.tolist() == [-1.5, 0.0, 0.0]
+    assert rows.greedy.tolist() == [True, False, False]
+    assert rows.stop_token_ids[2].tolist() == list(many)
+    assert rows.stop_token_ids[0].tolist() == [2] + [-1] * 6
+    assert rows.sampling.top_p.tolist() == pytest.approx([0.9] * 3)
+    table.write(torch.tensor([5]), [state(prompt_tokens=2)])
+    assert table.read(torch.tensor([5]), torch.tensor([4])).guidance.emitted.tolist() == [2]
+
+
+@pytest.mark.parametrize("changes", [{"prompt_tokens": 0}, {"temperature": 0.0}, {"seed": 2**63}])
+def test_request_state_asserts_its_invariants(changes: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError):
+        state(**changes)
+
+
+def test_reports_come_in_pieces_and_only_for_committed_tokens() -> None:
+    a, b = state(), state()
+    prompt = HostLengthOutput([0, 1], [a, b], torch.tensor([[7.0, 1, 2, 3], [9.0, 4, 5, 6]]), at_prompt=True)
+    prompt.consume(None, [None, None])
+    HostLengthOutput([0, 1], [a, b], torch.tensor([6.0, 8.0]), at_prompt=False).consume(None, [object(), object()])
+    assert a.take_report() == {"predicted_length": 7.0, "quantiles": [1, 2, 3], "values": [6.0]}
+    HostLengthOutput([1, 0], [b, a], torch.tensor([5.0, 4.0]), at_prompt=False).consume(None, [None, object()])
+    assert a.take_report()["values"] == []
+    assert b.take_report()["values"] == [8.0, 5.0]
+    prompt.consume(None, [None, None])  # read again after a retraction
+    assert a.predicted_length == 7.0
+
+
+def test_length_rows_split_into_steered_and_watched() -> None:
+    watched = state(request=LengthRequest.parse({"return_length_values": True}))
+    rows = LengthRows([1, 4, 6], [state(), watched, state()], [True, True, False])
+    steered = rows.drawing(steered=True)
+    assert steered is not None
+    assert steered.index == [1]
+    other = rows.drawing(steered=False)
+    assert other is not None
+    assert other.index == [4]
+    assert LengthRows([0], [state()], [False]).drawing(steered=True) is None
+
+
+def test_select_rows_cuts_a_prefill_batch() -> None:
+    lengths, prefixes = [3, 2, 4], [0, 5, 1]
+    tokens = torch.arange(sum(lengths))
+    seq = torch.tensor([n + p for n, p in zip(lengths, prefixes, strict=True)])
+    batch = SimpleNamespace(
+        batch_size=3, input_ids=tokens, positions=tokens + 100, out_cache_loc=tokens + 200, extend_num_tokens=9,
+        req_pool_indices=torch.tensor([7, 8, 9]), seq_lens=seq, orig_seq_lens=None, seq_lens_cpu=seq, seq_lens_sum=15,
+        extend_seq_lens=torch.tensor(lengths), extend_prefix_lens=torch.tensor(prefixes), extend_seq_lens_cpu=lengths,
+        extend_prefix_lens_cpu=prefixes, rids=["a", "b", "c"], sampling_info=object(), return_logprob=True,
+        mm_inputs=None, spec_info=None, lora_ids=None, next_token_logits_buffer=None, extend_start_loc=None,
+    )  # fmt: skip
+    part = select_rows(batch, [0, 2], torch.tensor([0, 2]))
+    assert part.input_ids.tolist() == [0, 1, 2, 5, 6, 7, 8]
+    assert part.out_cache_loc.tolist() == [200, 201, 202, 205, 206, 207, 208]
+    assert part.req_pool_indices.tolist() == [7, 9]
+    assert part.seq_lens_sum == 8
+    assert part.extend_start_loc.tolist() == [0, 3]
+    assert (part.extend_num_tokens, part.batch_size, part.rids) == (7, 2, ["a", "c"])
+    assert part.sampling_info is None
+    assert batch.batch_size == 3
+    assert select_rows(batch, [0, 1, 2], torch.tensor([0, 1, 2])).input_ids is tokens
+
+
+# ----- admission ----------------------------------------------------------------------------------------------------
+
+
+def host_request(**params: Any) -> Any:
+    values = {"custom_params": {"length_target": 5}, "top_k": 1 << 30, "temperature": 1.0, "top_p": 1.0, "min_p": 0.0,
+              "ignore_eos": False, "stop_token_ids": None, "sampling_seed": None}  # fmt: skip
+    aborted: list[str] = []
+    return SimpleNamespace(sampling_params=SimpleNamespace(**{**values, **params}), origin_input_ids=[1, 2], rid="r",
+                           extra_key=None, aborted=aborted, set_finish_with_abort=aborted.append)  # fmt: skip
+
+
+def test_admission_makes_one_state_and_a_namespace() -> None:
+    req = host_request(stop_token_ids={9}, top_k=1)
+    admit(req, served=True, default_stop_token_ids=frozenset({2}))
+    found = state_of(req)
+    assert found is not None
+    assert found.stop_token_ids == (2, 9)
+    assert found.greedy
+    assert found.top_k == 1 << 30, "a greedy request is cut at temperature 1 without a top-k"
+    assert req.extra_key.startswith("lenvm-")
+    other = host_request()
+    other.extra_key = "mine"
+    admit(other, served=True, default_stop_token_ids=frozenset())
+    assert other.extra_key == f"{req.extra_key}/mine"
+
+
+def test_admission_leaves_other_requests_alone_and_aborts_bad_ones() -> None:
+    for custom in (None, {}, {"mine": 1}, {"length_target": None}):
+        req = host_request(custom_params=custom)
+        admit(req, served=True, default_stop_token_ids=frozenset())
+        assert state_of(req) is None
+        assert req.extra_key is None
+    for served, custom in ((True, {"length_target": 0}), (False, {"length_target": 5})):
+        req = host_request(custom_params=custom)
+        admit(req, served=served, default_stop_token_ids=frozenset())
+        assert len(req.aborted) == 1
+        assert state_of(req) is None
+
+
+def test_seeds_tell_samples_apart_and_repeat() -> None:
+    assert draw_seed(5, 0, "a") == draw_seed(5, 0, "b")
+    assert draw_seed(5, 0, "a") != draw_seed(5, 1, "a")
+    assert draw_seed(None, 0, "a") != draw_seed(None, 0, "b")
+    shared = {"length_target": 3}
+    samples = []
+    for limit in (0, 20, 20, 20):  # the host warms the prefix cache first
+        params = SimpleNamespace(custom_params=shared, sampling_seed=1, max_new_tokens=limit)
+        one = SimpleNamespace(sampling_params=params)
+        number_samples(one)
+        samples.append(one.sampling_params.custom_params.get("lenvm_sample"))
+    assert samples[1:] == [0, 1, 2]
+
+
+# ----- middleware ---------------------------------------------------------------------------------------------------
+
+
+def test_fields_move_into_custom_params() -> None:
+    body: dict[str, Any] = {"length_target": 40, "length_mode": "at_most", "custom_params": {"mine": 1}, "prompt": "x"}
+    assert lift_fields(body, COMPLETIONS, served=True)
+    assert body["custom_params"] == {"mine": 1, "length_target": 40, "length_mode": "at_most"}
+    assert "length_target" not in body
+    assert body["max_tokens"] == 2 * 40 + 32
+
+    body = {"length_target": 40, "max_tokens": 50}
+    lift_fields(body, CHAT, served=True)
+    assert body["max_tokens"] == 50
+
+    body = {"length_target": 7, "sampling_params": [{"max_new_tokens": 9}, {"length_target": 7}]}
+    assert lift_fields(body, GENERATE, served=True)
+    assert [p["custom_params"] for p in body["sampling_params"]] == [{"length_target": 7}] * 2
+    assert [p["max_new_tokens"] for p in body["sampling_params"]] == [9, 128]
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"messages": []}, [], "text", None, {"length_target": None}, {"sampling_params": 3}]
+)
+def test_bodies_without_fields_carry_nothing(body: Any) -> None:
+    for path in (CHAT, COMPLETIONS, GENERATE):
+        assert not lift_fields(body, path, served=True)
+
+
+def test_a_server_without_lenvm_names_the_field() -> None:
+    with pytest.raises(LengthFieldError, match="--lenvm-model") as caught:
+        lift_fields({"length_bias": 1.0}, CHAT, served=False)
+    assert caught.value.param == "length_bias"
+
+
+def test_annotate_adds_reports_to_finished_choices() -> None:
+    body: dict[str, Any] = {"choices": [{"index": 0, "finish_reason": None}, {"index": 1, "finish_reason": "stop"}]}
+    assert annotate(body, {0: {"achieved": 1}, 1: {"achieved": 2}})
+    assert body["lenvm"] == body["choices"][1]["lenvm"] == {"achieved": 2}
+    assert "lenvm" not in body["choices"][0]
+    assert not annotate({"error": {}}, {0: {}})
+
+
+def through_middleware(
+    body: bytes, respond: Any, served: bool = True, path: str = CHAT
+) -> tuple[list[Any], list[bytes]]:
+    """Run one request through the middleware; returns what was sent, and the bodies the application saw."""
+    seen: list[bytes] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        seen.append(message["body"])
+        assert dict(scope["headers"])[b"content-length"] == str(len(message["body"])).encode()
+        reports = collected.get()
+        if reports is not None:
+            reports[0] = {"achieved": 3}
+        for part in respond:
+            await send(part)
+
+    async def run() -> None:
+        halves = [body[: len(body) // 2], body[len(body) // 2 :]]
+        parts = iter([{"type": "http.request", "body": b, "more_body": i == 0} for i, b in enumerate(halves)])
+
+        async def receive() -> Any:
+            return next(parts)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        await LengthFieldsMiddleware(app, served=served, context_length=1000)(scope, receive, send)
+
+    asyncio.run(run())
+    return sent, seen
+
+
+def start(kind: bytes) -> dict[str, Any]:
+    return {
+        "type": "http.response.start",
+        "status": 200,
+        "headers": [(b"content-type", kind), (b"content-length", b"7")],
+    }
+
+
+def test_requests_without_fields_pass_byte_for_byte() -> None:
+    for body in (b'{ "messages" : [{"content":"say \\"length_target\\" to me"}] }', b"{broken", b""):
+        answer = [start(b"application/json"), {"type": "http.response.body", "body": b'{"choices":[]}'}]
+        sent, seen = through_middleware(body, answer)
+        assert seen == [body]
+        assert sent == answer
+
+
+def test_json_answers_get_the_report_and_the_right_length() -> None:
+    reply = json.dumps({"choices": [{"index": 0, "finish_reason": "stop"}]}).encode()
+    respond = [
+        start(b"application/json"),
+        {"type": "http.response.body", "body": reply[:10], "more_body": True},
+        {"type": "http.response.body", "body": reply[10:]},
+    ]
+    sent, seen = through_middleware(b'{"length_target": 5, "messages": []}', respond)
+    assert json.loads(seen[0])["custom_params"] == {"length_target": 5}
+    assert json.loads(sent[1]["body"])["lenvm"] == {"achieved": 3}
+    assert dict(sent[0]["headers"])[b"content-length"] == str(len(sent[1]["body"])).encode()
+
+
+def test_event_streams_are_annotated_however_they_are_cut() -> None:
+    events = [{"choices": [{"index": 0, "finish_reason": None}]}, {"choices": [{"index": 0, "finish_reason": "stop"}]}]
+    raw = b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in events) + b"data: [DONE]\n\n"
+    for size in (len(raw), 7, 30):
+        pieces = [raw[i : i + size] for i in range(0, len(raw), size)]
+        respond = [start(b"text/event-stream; charset=utf-8")]
+        respond += [{"type": "http.response.body", "body": p, "more_body": True} for p in pieces]
+        respond += [{"type": "http.response.body", "body": b"", "more_body": False}]
+        sent, _ = through_middleware(b'{"length_target": 5}', respond)
+        out = b"".join(m["body"] for m in sent[1:])
+        datas = [e[6:] for e in out.split(b"\n\n") if e]
+        assert datas[-1] == b"[DONE]"
+        assert "lenvm" not in json.loads(datas[0])
+        assert json.loads(datas[1])["lenvm"] == {"achieved": 3}
+
+
+def test_bad_fields_never_reach_the_application() -> None:
+    sent, seen = through_middleware(b'{"length_target": 0}', [])
+    assert seen == []
+    assert sent[0]["status"] == 400
+    assert json.loads(sent[1]["body"])["error"]["param"] == "length_target"
+    sent, seen = through_middleware(b'{"length_target": 4}', [], path="/v1/messages")
+    assert seen == []
+    assert sent[0]["status"] == 400
+
+
+def test_nan_never_gets_in() -> None:
+    sent, _ = through_middleware(b'{"length_bias": NaN}', [])
+    assert sent[0]["status"] == 400
+    assert math.isfinite(json.loads(sent[1]["body"])["error"]["code"])

@@ -1,0 +1,138 @@
+"""Reasons not to start: one clear sentence, a non-zero exit, nothing spawned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lenvm_sglang.settings import REFUSALS, Settings, StartError, check_checkpoint, refuse_settings, settings_from
+from tests.sglang.conftest import COMMON, environment
+from tests.sglang.models import CONTEXT, tokenizer
+
+BAD_VALUES = {
+    "pp_size": 2, "speculative_algorithm": "EAGLE", "attn_dp_size": 2, "disaggregation_mode": "prefill",
+    "page_size": 16, "tokenizer_worker_num": 2, "dcp_size": 2, "attn_cp_size": 2, "dllm_algorithm": "x",
+    "elastic_ep_backend": "x", "grpc_port": 1, "rl_on_policy_target": "fsdp",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [r.field for r in REFUSALS])
+def test_unsupported_settings_are_named(field: str) -> None:
+    good = {r.field: r.allowed[0] for r in REFUSALS}
+    refuse_settings(SimpleNamespace(**good))
+    with pytest.raises(StartError, match=field):
+        refuse_settings(SimpleNamespace(**{**good, field: BAD_VALUES.get(field, True)}))
+
+
+def test_refused_settings_exist_in_this_host() -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    assert {r.field for r in REFUSALS} <= set(ServerArgs.__struct_fields__)
+
+
+def test_flags() -> None:
+    assert settings_from(None, None) is None
+    assert settings_from("x", None) == Settings("x", 16)
+    with pytest.raises(StartError, match="needs --lenvm-model"):
+        settings_from(None, 8)
+    with pytest.raises(StartError, match="between 2 and 256, got 1"):
+        settings_from("x", 1)
+
+
+def edited(pair: Path, target: Path, **changes: Any) -> Path:
+    """A copy of the LenVM with another config.json."""
+    shutil.copytree(pair / "lenvm", target)
+    path = target / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return target
+
+
+def test_checkpoints(pair: Path, tmp_path: Path) -> None:
+    base = str(pair / "base")
+    assert check_checkpoint(Settings(str(pair / "lenvm")), base, CONTEXT).gamma == 0.97
+    cases = {
+        str(tmp_path / "nowhere"): "not a length value model",
+        base: "no `lenvm` block",
+        str(edited(pair, tmp_path / "arch", architectures=["Qwen2ForCausalLM"])): "ForLengthValue",
+        str(edited(pair, tmp_path / "gamma", lenvm={"gamma": 1.5})): "gamma",
+        str(edited(pair, tmp_path / "format", lenvm={"gamma": 0.9, "heads": ["value"], "format": 9})): "format 9",
+        str(edited(pair, tmp_path / "short", max_position_embeddings=100)): "--context-length 100",
+    }
+    for directory, message in cases.items():
+        with pytest.raises(StartError, match=message):
+            check_checkpoint(Settings(directory), base, CONTEXT)
+
+
+def test_another_tokenizer(pair: Path, tmp_path: Path) -> None:
+    other = edited(pair, tmp_path / "other")
+    tokenizer("entirely different words here").save_pretrained(other)
+    with pytest.raises(StartError, match="another tokenizer"):
+        check_checkpoint(Settings(str(other)), str(pair / "base"), CONTEXT)
+    for file in other.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(StartError, match="no readable tokenizer"):
+        check_checkpoint(Settings(str(other)), str(pair / "base"), CONTEXT)
+
+
+def test_unknown_backbone() -> None:
+    from lenvm_sglang.model import check_architecture
+
+    check_architecture("Qwen3ForLengthValue")
+    with pytest.raises(StartError, match="no MadeUpForCausalLM"):
+        check_architecture("MadeUpForLengthValue")
+
+
+def test_host_version_and_missing_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sglang
+
+    from lenvm_sglang import seams
+
+    monkeypatch.setattr(sglang, "__version__", "0.4.0")
+    with pytest.raises(seams.SeamError, match=r"0\.5\.23, this is 0\.4\.0"):
+        seams.install()
+    monkeypatch.undo()
+    monkeypatch.setattr(seams, "HOOKS", (("sglang.srt.server_args.ServerArgs.gone", "AFTER", print), *seams.HOOKS))
+    with pytest.raises(seams.SeamError, match=r"ServerArgs\.gone"):
+        seams.install()
+
+
+def test_a_hook_that_did_not_take_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lenvm_sglang import seams
+
+    monkeypatch.setattr(seams, "HOOKS", (("sglang.srt.server_args.ServerArgs.url", "AFTER", print),))
+    with pytest.raises(seams.SeamError, match=r"ServerArgs\.url"):
+        seams.verify()
+
+
+@pytest.mark.slow
+def test_the_process_ends_with_the_sentence(pair: Path) -> None:
+    launchers = {
+        "python -m": ("-m", "sglang.launch_server"),
+        "serve": ("-c", "from sglang.cli.main import main; main()", "serve"),
+    }
+    runs = [
+        (launchers["python -m"], (str(pair / "base"),), "lenvm: .*no `lenvm` block"),
+        (launchers["serve"], (str(pair / "lenvm"), "--enable-mixed-chunk"), "lenvm: .*enable_mixed_chunk"),
+    ]
+
+    def run(case: Any) -> tuple[int, str, str]:
+        launcher, flags, message = case
+        command = [sys.executable, *launcher, "--model-path", str(pair / "base"), *COMMON, "--lenvm-model", *flags]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280, check=False)
+        return done.returncode, done.stderr, message
+
+    with ThreadPoolExecutor(2) as pool:
+        for code, stderr, message in pool.map(run, runs):
+            import re
+
+            assert code == 1
+            assert re.search(message, stderr.strip().splitlines()[-1]), stderr[-2000:]
