@@ -13,6 +13,7 @@ from llamafactory.train.callbacks import SaveProcessorCallback
 from llamafactory.train.trainer_utils import create_custom_optimizer, create_custom_scheduler
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lenvm.format import LenvmConfig
 from lenvm.lognormal import fit_spread
@@ -64,6 +65,10 @@ class LengthValueTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if self.finetuning_args.disable_shuffling:
             return torch.utils.data.SequentialSampler(self.train_dataset)
+        if self.args.train_sampling_strategy == "group_by_length":
+            # transformers' sampler with a list: it would look each length up in the Arrow file, 0.1 ms a row
+            batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(batch_size, lengths=list(self.train_dataset["length"]))
         return super()._get_train_sampler(*args, **kwargs)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:

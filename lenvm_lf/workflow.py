@@ -100,8 +100,6 @@ def run_lenvm(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
             trainer.store_spread()
             trainer.keep_states = False
     if training_args.do_predict:
-        if isinstance(eval_set, dict):
-            raise ValueError("`do_predict` writes one file; set `eval_on_each_dataset: false`.")
         result = trainer.predict(eval_set, metric_key_prefix="predict")
         trainer.log_metrics("predict", result.metrics)
         trainer.save_metrics("predict", result.metrics)
@@ -135,6 +133,10 @@ def load_datasets(
     """Usable training rows and validation rows (a data set, a dict of them, or None)."""
     from llamafactory.data import get_dataset
 
+    if data_args.val_size > 1e-6 and data_args.eval_dataset is not None:
+        raise ValueError("give either `val_size` or `eval_dataset`, not both.")
+    if training_args.do_predict and data_args.eval_on_each_dataset:
+        raise ValueError("`do_predict` writes one file; set `eval_on_each_dataset: false`.")
     val_size, data_args.val_size = data_args.val_size, 0.0  # the host splits rows; samples of one prompt would leak
     try:
         module = get_dataset(template, model_args, data_args, training_args, stage="lenvm", **tokenizer_module)

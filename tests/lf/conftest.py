@@ -268,7 +268,6 @@ SITES = {
     # another signature of one function, as another version of the host would have
     "broken": "from lenvm_lf import seams; s = seams.SEAMS['llamafactory.model.loader'][0]; "
     "seams.SEAMS['llamafactory.model.loader'] = (seams.Seam(s.function, ('everything',), s.sha256),)",
-    "newer": "from lenvm_lf import seams; seams.metadata.version = lambda name: '0.9.6'",
 }
 
 
