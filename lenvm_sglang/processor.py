@@ -119,7 +119,8 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             # Kept slots are a prefix of the sorted set; with no device to wait for, narrow the forward to them.
             candidates = narrow(candidates, int(candidates.kept.sum(-1).max()))
         scores = worker.score(slots, lengths, longest_sequence(batch, rows), candidates)
-        log_p = guide(candidates, scores, parameters.guidance, worker.lenvm)
+        present = {state.request.control_code for state in rows.states}
+        log_p = guide(candidates, scores, parameters.guidance, worker.lenvm, present)
         choice = draw(log_p, candidates.token_ids, parameters.seed, parameters.guidance.emitted, parameters.greedy)
         token = candidates.token_ids.gather(-1, choice[:, None])
         step.logits[index] = torch.full_like(logits, -torch.inf).scatter_(-1, token, 0.0)

@@ -243,6 +243,13 @@ def init_info(result: dict[str, Any], self: Any) -> None:
         result["lenvm"] = process.worker.info()
 
 
+def data_parallel_info(result: dict[str, Any], self: Any) -> None:
+    """AFTER DataParallelController.get_init_info: what its schedulers say, if all of them serve the LenVM."""
+    infos = [info.get("lenvm") for info in self._scheduler_init_infos]
+    if infos and all(infos):
+        result["lenvm"] = infos[0]
+
+
 # ----- scheduler: running -------------------------------------------------------------------------------------------
 
 
@@ -347,6 +354,11 @@ HOOKS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (_SCHEDULER + "init_all_attention_backends", "AFTER", build_backends),
     (_SCHEDULER + "get_output_streamer_class", "AFTER", output_streamer_class),
     (_SCHEDULER + "get_init_info", "AFTER", init_info),
+    (
+        "sglang.srt.managers.data_parallel_controller.DataParallelController.get_init_info",
+        "AFTER",
+        data_parallel_info,
+    ),
     (_SCHEDULER + "_create_generation_req", "AFTER", create_request),
     ("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", forward_batch),
     (_RUNNER + "forward", "AFTER", model_forward),

@@ -1,4 +1,4 @@
-"""The guidance rules once more, on transformers alone: whole sequences, no cache, candidates one by one, plain Python.
+"""The guidance rules once more, on transformers alone: whole sequences, no KV cache, rules in plain Python.
 
 Nothing of `lenvm.guidance`, `lenvm.candidates` or `lenvm.sampler` is used here.
 """
@@ -25,7 +25,7 @@ class Reference:
         self.candidates = candidates
         self.gamma = self.value.lenvm.gamma
         self.centres = self.value.lenvm.bins
-        self.decode = self._decode_table()
+        self.decode = torch.tensor(self._decode_table(), dtype=torch.float64)
 
     def _decode_table(self) -> list[list[float]]:
         """P(n | bin), n = 0..N: two-hot weights of every n, normalised per bin."""
@@ -47,16 +47,15 @@ class Reference:
         return self.base(torch.tensor([ids])).logits[0, -1].double()
 
     @torch.no_grad()
-    def state(self, ids: list[int]) -> tuple[float, list[float]]:
-        """z and P(n), n = 0..N, of the state after `ids`."""
-        out = self.value(torch.tensor([ids]))
-        q = torch.softmax(out.length_logits[0, -1].double(), -1).tolist()
-        pmf = [sum(q[b] * self.decode[b][n] for b in range(len(q))) for n in range(self.centres[-1] + 1)]
-        return float(out.z[0, -1]), pmf
+    def states(self, sequences: list[list[int]]) -> list[tuple[float | None, list[float]]]:
+        """z and P(n), n = 0..N, of the states after sequences of one length."""
+        out = self.value(torch.tensor(sequences))
+        pmf = torch.softmax(out.length_logits[:, -1].double(), -1) @ self.decode
+        return list(zip(out.z[:, -1].tolist(), pmf.tolist(), strict=True))
 
     def expected_length(self, ids: list[int]) -> float:
         """E[n] of the state after `ids`."""
-        return sum(n * p for n, p in enumerate(self.state(ids)[1]))
+        return sum(n * p for n, p in enumerate(self.states([ids])[0][1]))
 
     def greedy(self, prompt: list[int], limit: int, fields: dict[str, Any] | None) -> list[int]:
         """Tokens of a greedy answer under a request's length fields; None is the base model alone."""
@@ -84,7 +83,9 @@ class Reference:
         p, tokens = torch.softmax(logits, -1).topk(self.candidates)
         p = p / p.sum()
         items = [(t, math.log(q)) for t, q in zip(tokens.tolist(), p.tolist(), strict=True) if q > 0]
-        states = {t: (None, [1.0]) if t == self.stop else self.state([*ids, t]) for t, _ in items}
+        states = dict(zip((t for t, _ in items), self.states([[*ids, t] for t, _ in items]), strict=True))
+        if self.stop in states:
+            states[self.stop] = (None, [1.0])
         if bias is not None:
             return max(items, key=lambda i: i[1] + bias * self._u(states[i[0]]))[0]
         control = fields.get("length_control", "posterior")
