@@ -108,13 +108,16 @@ def apply(module: ModuleType) -> None:
         _refuse_stage(module)
 
 
-def check() -> None:
+def check(complete: bool = False) -> None:
     """Called by everything that serves `stage: lenvm`.
+
+    Args:
+        complete: every target must have been imported by now (where training starts).
 
     Raises:
         SeamError: naming every hook that does not fit and what to do.
     """
-    missing = sorted(TARGETS - APPLIED) if not PROBLEMS else []
+    missing = sorted(TARGETS - APPLIED) if complete and not PROBLEMS else []
     problems = PROBLEMS + [f"{name}: was never imported by the host" for name in missing]
     if problems:
         raise SeamError(
@@ -287,7 +290,7 @@ def _patch_tuner(module: Any) -> None:
     def _training_function(config: dict[str, Any]) -> Any:
         if not asks_for_stage(config.get("args")):
             return original(config)
-        check()
+        check(complete=True)
         from lenvm_lf.workflow import training_function
 
         return training_function(module, config)

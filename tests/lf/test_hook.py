@@ -128,7 +128,13 @@ def test_seams_are_those_of_the_tested_host(world: Any) -> None:
             original = getattr(function, "__wrapped__", function)
             assert seams.source_hash(original) == seam.sha256, f"{name}.{seam.function}"
     assert not seams.PROBLEMS
-    seams.check()
+    seams.check(complete=True)
+
+
+def test_a_module_that_was_never_hooked_is_found(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seams, "APPLIED", seams.APPLIED - {"llamafactory.model.loader"})
+    with pytest.raises(seams.SeamError, match=r"llamafactory\.model\.loader: was never imported by the host"):
+        seams.check(complete=True)
 
 
 def test_a_missing_name_is_found(world: Any) -> None:
