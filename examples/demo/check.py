@@ -2,8 +2,8 @@
 
     python examples/demo/check.py OUT/base OUT/prompts_test.jsonl [--problems 60] [--open 60] [--samples 64]
 
-No length value model is needed: conditioning the base model's own samples on "at most T tokens" is what the posterior controller approximates.
-Runs in the train environment, on the CPU.
+No length value model is needed: conditioning the base model's own samples on "at most T tokens" is what the posterior
+controller approximates. Runs in the train environment, on the CPU.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
-from world import grade  # noqa: E402
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from world import grade
 
 MAX_NEW_TOKENS = 384
 BATCH = 256
@@ -38,14 +38,28 @@ class Completion:
 
 @torch.inference_mode()
 def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[dict], temperature: float, batch: int = BATCH
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[dict],
+    temperature: float,
+    batch: int = BATCH,
 ) -> list[Completion]:
     """One completion a prompt row, in order; temperature 0 is greedy. Prompts are batched with left padding."""
     texts = [tokenizer.apply_chat_template(p["messages"], tokenize=False, add_generation_prompt=True) for p in prompts]
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
     out: list[Completion] = []
     for begin in range(0, len(texts), batch):
-        encoded = tokenizer(texts[begin : begin + batch], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        encoded = tokenizer(
+            texts[begin : begin + batch],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+        )
         ids = model.generate(
             input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], max_new_tokens=MAX_NEW_TOKENS,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling,
@@ -66,7 +80,11 @@ def percentile(values: Sequence[float], share: float) -> float:
 def length_statistics(groups: Sequence[Sequence[Completion]]) -> dict[str, float]:
     """Length statistics of sampled completions, one group a prompt."""
     every = [c.length for group in groups for c in group]
-    spread = [statistics.stdev(lengths) / statistics.mean(lengths) for group in groups if (lengths := [c.length for c in group])]
+    spread = [
+        statistics.stdev(lengths) / statistics.mean(lengths)
+        for group in groups
+        if (lengths := [c.length for c in group])
+    ]
     return {
         "mean length": statistics.mean(every),
         "p5": percentile(every, 0.05),
@@ -78,8 +96,10 @@ def length_statistics(groups: Sequence[Sequence[Completion]]) -> dict[str, float
     }
 
 
-def budget_statistics(groups: Sequence[Sequence[Completion]], answers: Sequence[str], share: float = 0.6) -> dict[str, float]:
-    """Accuracy of sampled answers to problems: as they are, cut at ``share`` of their mean length, and conditioned on being that short.
+def budget_statistics(
+    groups: Sequence[Sequence[Completion]], answers: Sequence[str], share: float = 0.6
+) -> dict[str, float]:
+    """Accuracy of sampled answers to problems: as they are, cut at ``share`` of their mean length, and given they fit.
 
     The conditioned accuracy is a mean over prompts; a prompt without any sample that short counts as wrong.
     """
@@ -104,7 +124,9 @@ def check(model_dir: Path, prompt_file: Path, problems: int, opens: int, samples
     every_problem = [row for row in rows if "answer" in row]
     begin = time.perf_counter()
     greedy = complete(model, tokenizer, every_problem, temperature=0.0)
-    greedy_accuracy = statistics.mean(grade(c.text, row["answer"]) for c, row in zip(greedy, every_problem, strict=True))
+    greedy_accuracy = statistics.mean(
+        grade(c.text, row["answer"]) for c, row in zip(greedy, every_problem, strict=True)
+    )
 
     asked = every_problem[:problems] + [row for row in rows if "answer" not in row][:opens]
     flat = complete(model, tokenizer, [row for row in asked for _ in range(samples)], temperature=1.0)
@@ -114,7 +136,11 @@ def check(model_dir: Path, prompt_file: Path, problems: int, opens: int, samples
     budget = budget_statistics(groups[: len(solved)], solved)
 
     figures = {"greedy accuracy": greedy_accuracy, **lengths, "p95 / p5": lengths["p95"] / lengths["p5"]}
-    figures |= {f"problems: {name}": value for name, value in length_statistics(groups[: len(solved)]).items() if name in ("mean length", "p5", "p95")}
+    figures |= {
+        f"problems: {name}": value
+        for name, value in length_statistics(groups[: len(solved)]).items()
+        if name in ("mean length", "p5", "p95")
+    }
     figures |= budget
     figures["kept by cutting"] = budget["accuracy cut at budget"] / budget["sampled accuracy"]
     figures["kept by at most"] = budget["accuracy at most budget"] / budget["sampled accuracy"]
@@ -126,7 +152,8 @@ def check(model_dir: Path, prompt_file: Path, problems: int, opens: int, samples
         "kept by cutting": ("<=", 0.5),
         "kept by at most": (">=", 0.9),
     }
-    print(f"{len(every_problem)} problems greedy; {len(asked)} prompts x {samples} sampled at T=1; {time.perf_counter() - begin:.0f} s")
+    seconds = time.perf_counter() - begin
+    print(f"{len(every_problem)} problems greedy; {len(asked)} prompts x {samples} sampled at T=1; {seconds:.0f} s")
     good = True
     for name, value in figures.items():
         verdict = ""
@@ -143,7 +170,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="trained base model")
     parser.add_argument("prompts", type=Path, help="prompt file, JSONL")
-    parser.add_argument("--problems", type=int, default=60, help="problems to sample (default 60; greedy accuracy uses all of the file)")
+    parser.add_argument(
+        "--problems", type=int, default=60, help="problems to sample (default 60; greedy accuracy uses all of the file)"
+    )
     parser.add_argument("--open", type=int, default=60, help="open prompts to sample (default 60)")
     parser.add_argument("--samples", type=int, default=64, help="samples a prompt (default 64)")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""A small tokenizer for the demo world: byte-level BPE in which every word of the world and every number 0..99 is one token."""
+"""A small tokenizer for the demo world: byte-level BPE, every word of the world and every number 0..99 one token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
-# ChatML without a default system prompt: what LlamaFactory's template `qwen3_nothink` writes, token for token (tests/demo checks it).
+# ChatML without a default system prompt: what LlamaFactory's template `qwen3_nothink` writes, token for token
+# (tests/demo checks it).
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -25,12 +26,15 @@ _MIN_COUNT = 20
 def train_tokenizer(texts: Iterable[str], max_length: int = 1024, max_vocab: int = 4096) -> PreTrainedTokenizerFast:
     """Train the tokenizer on ``texts``.
 
-    Any text can be encoded (bytes are the fallback) and decodes to itself. Merges stop where no pair is seen :data:`_MIN_COUNT` times, well before
-    ``max_vocab`` for the demo world, so that its words are whole tokens.
+    Any text can be encoded (bytes are the fallback) and decodes to itself. Merges stop where no pair is seen
+    :data:`_MIN_COUNT` times, well before ``max_vocab`` for the demo world, so that its words are whole tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

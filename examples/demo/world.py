@@ -2,16 +2,18 @@
 
 Two families of prompts:
 
-* ``problem``: an arithmetic word problem with two to four steps. It may be answered tersely ("Start 12, first buys 3: 15. Answer: 15") or at
-  length: restating, running totals, checks, detours that open with "Wait" or "Hmm" and close with "therefore". Every style computes step by
-  step and repeats the clause it is working on, which is what lets a very small model copy the right operand. The last line of every style is
-  ``Answer: N``, which :func:`grade` checks.
-* ``list``, ``describe``, ``tell``: open tasks. Their answers are short or long by chance and by the wording of the prompt.
+* ``problem``: an arithmetic word problem of two or three steps. It may be answered tersely ("Start 12, first buys 3:
+  12 + 3 = 15. Answer: 15") or at length: restating, running totals, checks, detours that open with "Wait" or "Hmm" and
+  close with "therefore". Every style computes step by step and repeats the clause it is working on, and each position
+  has verbs of its own: these are the cues by which a very small model learns to copy the right operand. The last words
+  of every style are ``Answer: N``, which :func:`grade` checks.
+* ``list``, ``describe``, ``tell``: open tasks. Their answers are short or long by chance and by the prompt's wording.
 
-A third family, ``drill`` (repeat a clause list, do one sum), is seen by the base model in training and never asked later.
+A third family, ``drill`` (one sum), is seen by the base model in training and never asked later.
 
-Everything is drawn from a ``random.Random``: the same seed gives the same text on every machine. The split a prompt belongs to is a function of
-its text alone (:func:`split_of`), so no prompt can be in two splits, however many are drawn and in whatever order.
+Everything is drawn from a ``random.Random``: the same seed gives the same text on every machine. The split a prompt
+belongs to is a function of its text alone (:func:`split_of`), so no prompt can be in two splits, however many are drawn
+and in whatever order.
 """
 
 from __future__ import annotations
@@ -26,21 +28,38 @@ KINDS = ("problem", "list", "describe", "tell")
 """Kinds of prompts that are asked of the trained models."""
 
 SPLITS = ("base", "train", "val", "test")
-"""``base``: text the base model is trained on. ``train`` / ``val``: prompts sampled for the length value model. ``test``: the report."""
+"""``base``: text of the base model. ``train``, ``val``: sampled for the length value model. ``test``: the report."""
 
 _SPLIT_BOUNDS = {"test": 12, "val": 18, "train": 38, "base": 100}  # cumulative per cent of all prompt texts
 
-MAX_TOTAL = 49
+MAX_TOTAL = 30
 """Largest running total of a problem: few enough sums for a model of about a million parameters to learn in minutes."""
 
-LABELS = ("first", "then", "later", "finally")
-GAINS = ("buys", "finds", "gets", "wins", "makes", "earns")
-LOSSES = ("loses", "sells", "eats", "breaks", "spends", "drops")
+# One gain and one loss for each position in a story: the verb alone says which clause is meant.
+LABELS = ("first", "then", "later")
+GAINS = ("buys", "finds", "wins")
+LOSSES = ("sells", "loses", "eats")
 NAMES = {
     **dict.fromkeys(("Tom", "Ben", "Sam", "Max", "Jack", "Leo", "Paul", "Omar"), "He"),
     **dict.fromkeys(("Ann", "Mia", "Eva", "Lily", "Zoe", "Nina", "Rosa", "Kim"), "She"),
 }
-ITEMS = ("apples", "pears", "books", "coins", "cards", "pens", "shells", "stones", "eggs", "nuts", "stamps", "cups", "balls", "keys", "toys")
+ITEMS = (
+    "apples",
+    "pears",
+    "books",
+    "coins",
+    "cards",
+    "pens",
+    "shells",
+    "stones",
+    "eggs",
+    "nuts",
+    "stamps",
+    "cups",
+    "balls",
+    "keys",
+    "toys",
+)
 QUESTIONS = (
     "How many {items} does {name} have?",
     "How many {items} does {name} have now?",
@@ -52,15 +71,32 @@ HINTS = {"Be brief.": 0.55, "": 0.33, "Explain.": 0.2}
 _HINT_WEIGHTS = (2, 5, 2)
 
 PLACES = (
-    "garden", "kitchen", "harbor", "school", "forest", "market", "castle", "museum", "farm", "station", "park", "library", "cellar", "village",
-    "beach", "valley", "attic", "cabin", "meadow", "tower",
+    "garden", "kitchen", "harbor", "school", "forest", "market", "castle", "museum", "farm", "station", "park",
+    "library", "cellar", "village", "beach", "valley", "attic", "cabin", "meadow", "tower",
 )  # fmt: skip
-ADJECTIVES = ("tiny", "small", "quiet", "old", "grand", "huge", "dusty", "bright", "cold", "warm", "green", "dark", "empty", "busy", "lovely", "strange")
+ADJECTIVES = (
+    "tiny",
+    "small",
+    "quiet",
+    "old",
+    "grand",
+    "huge",
+    "dusty",
+    "bright",
+    "cold",
+    "warm",
+    "green",
+    "dark",
+    "empty",
+    "busy",
+    "lovely",
+    "strange",
+)
 COLORS = ("red", "blue", "green", "white", "black", "golden", "brown", "gray", "yellow", "silver")
 THINGS = (
-    "tree", "flower", "bench", "bird", "cat", "dog", "boat", "rope", "net", "table", "chair", "lamp", "knife", "spoon", "pot", "pan", "plate",
-    "desk", "map", "clock", "door", "window", "bell", "wall", "gate", "path", "bush", "leaf", "cart", "basket", "fence", "ladder", "hat", "coat",
-    "sign", "statue", "mirror", "box", "candle", "carpet",
+    "tree", "flower", "bench", "bird", "cat", "dog", "boat", "rope", "net", "table", "chair", "lamp", "knife",
+    "spoon", "pot", "pan", "plate", "desk", "map", "clock", "door", "window", "bell", "wall", "gate", "path", "bush",
+    "leaf", "cart", "basket", "fence", "ladder", "hat", "coat", "sign", "statue", "mirror", "box", "candle", "carpet",
 )  # fmt: skip
 ANIMALS = ("fox", "bear", "owl", "hen", "duck", "deer", "horse", "mouse", "frog", "crab", "wolf", "goat")
 
@@ -113,7 +149,7 @@ def grade(text: str, answer: str) -> bool:
     return found is not None and int(found.group(1)) == int(answer)
 
 
-# ------------------------------------------------------------------------------------------------------------------ problems
+# ------------------------------------------------------------------------------------------------------------ problems
 
 
 @dataclass(frozen=True)
@@ -139,20 +175,16 @@ class Story:
 
 
 def draw_story(rng: random.Random) -> Story:
-    """A story of two to four steps with distinct verbs whose totals stay within 1..:data:`MAX_TOTAL`."""
-    count = rng.choices((2, 3, 4), (4, 4, 3))[0]
-    verbs = rng.sample([(verb, 1) for verb in GAINS] + [(verb, -1) for verb in LOSSES], count)
-    start = total = rng.randint(5, 30)
+    """A story of two or three steps whose running totals stay within 1..:data:`MAX_TOTAL`."""
+    count = rng.choice((2, 3))
+    start = total = rng.randint(3, 20)
     steps = []
-    for verb, sign in verbs:
-        room = MAX_TOTAL - total if sign > 0 else total - 1
-        if room < 1:  # no room in that direction: swap the verb for an unused one of the other direction
-            sign = -sign
-            used = {v for v, _ in verbs} | {s.verb for s in steps}
-            verb = rng.choice([v for v in (GAINS if sign > 0 else LOSSES) if v not in used])
-            room = MAX_TOTAL - total if sign > 0 else total - 1
-        amount = rng.randint(1, min(9, room))
-        steps.append(Step(verb, sign, amount))
+    for slot in range(count):
+        sign = rng.choice((1, -1))
+        if not 1 <= total + sign * 9 <= MAX_TOTAL:  # little room in that direction
+            sign = 1 if total < MAX_TOTAL // 2 else -1
+        amount = rng.randint(1, min(9, MAX_TOTAL - total if sign > 0 else total - 1))
+        steps.append(Step((GAINS if sign > 0 else LOSSES)[slot], sign, amount))
         total += sign * amount
     return Story(rng.choice(list(NAMES)), rng.choice(ITEMS), start, tuple(steps))
 
@@ -161,7 +193,8 @@ def draw_problem(rng: random.Random) -> Prompt:
     story = draw_story(rng)
     hint = rng.choices(list(HINTS), _HINT_WEIGHTS)[0]
     question = rng.choice(QUESTIONS).format(items=story.items, name=story.name)
-    text = f"{story.name} has {story.start} {story.items}. {NAMES[story.name]} {_tell_clauses(story.clauses)}. {question} {hint}".rstrip()
+    told = f"{story.name} has {story.start} {story.items}. {NAMES[story.name]} {', '.join(story.clauses)}."
+    text = f"{told} {question} {hint}".rstrip()
 
     def write(rng: random.Random) -> str:
         return write_terse(rng, story) if rng.random() < HINTS[hint] else write_long(rng, story)
@@ -169,15 +202,11 @@ def draw_problem(rng: random.Random) -> Prompt:
     return Prompt("problem", text, str(story.totals[-1]), write)
 
 
-def _tell_clauses(clauses: list[str]) -> str:
-    return ", ".join(clauses)
-
-
 def write_terse(rng: random.Random, story: Story) -> str:
-    """``Start 12, first buys 3: 15, then loses 5: now 10. Answer: 10``"""
+    """``Start 12, first buys 3: 12 + 3 = 15, then loses 5: 15 - 5 = 10. Answer: 10``"""
     parts = [f"Start {story.start}"]
-    for clause, total in zip(story.clauses, story.totals[1:], strict=True):
-        parts.append(f"{clause}: {'now ' if rng.random() < 0.2 else ''}{total}")
+    for clause, step, before, after in zip(story.clauses, story.steps, story.totals, story.totals[1:], strict=False):
+        parts.append(f"{clause}: {'now ' if rng.random() < 0.2 else ''}{before} {step.op} {step.amount} = {after}")
     return f"{', '.join(parts)}. {'So ' if rng.random() < 0.15 else ''}Answer: {story.totals[-1]}"
 
 
@@ -191,21 +220,28 @@ def write_long(rng: random.Random, story: Story) -> str:
     if rng.random() < 0.6 * care:
         out.append(f"We want to know how many {items} {name} has.")
     if rng.random() < 0.4 * care:
-        out.append(f"The steps are: {_tell_clauses(story.clauses)}.")
-    out.append(rng.choice((f"At the start {name} has {totals[0]} {items}.", f"{name} starts with {totals[0]} {items}.")))
+        out.append(f"The steps are: {', '.join(story.clauses)}.")
+    out.append(
+        rng.choice((f"At the start {name} has {totals[0]} {items}.", f"{name} starts with {totals[0]} {items}."))
+    )
     for i, (clause, step) in enumerate(zip(story.clauses, story.steps, strict=True)):
         before, after = totals[i], totals[i + 1]
+        what = f" {items}" if rng.random() < 0.4 else ""
         so = rng.choice(("so", "and", "so now"))
-        out.append(f"{NAMES[name]} {clause}{f' {items}' if rng.random() < 0.4 else ''}, {so} {before} {step.op} {step.amount} = {after}.")
+        out.append(f"{NAMES[name]} {clause}{what}, {so} {before} {step.op} {step.amount} = {after}.")
         if rng.random() < 0.25 + 0.5 * care:
-            out.append(rng.choice((f"Now {name} has {after} {items}.", f"That makes {after} {items}.", f"That is {after}.")))
+            out.append(
+                rng.choice((f"Now {name} has {after} {items}.", f"That makes {after} {items}.", f"That is {after}."))
+            )
         while rng.random() < 0.45 * care:
             out.append(_detour(rng, story, step, before, after))
     while rng.random() < 0.4 * care:
         recount = ", ".join(f"{label} {total}" for label, total in zip(LABELS, totals[1:], strict=False))
         out.append(f"Wait, let me go over it again: start {totals[0]}, {recount}, therefore {totals[-1]}.")
     if rng.random() < 0.6:
-        out.append(rng.choice((f"In the end {name} has {totals[-1]} {items}.", f"Therefore {name} has {totals[-1]} {items}.")))
+        out.append(
+            rng.choice((f"In the end {name} has {totals[-1]} {items}.", f"Therefore {name} has {totals[-1]} {items}."))
+        )
     out.append(f"Answer: {totals[-1]}")
     return " ".join(out)
 
@@ -223,7 +259,11 @@ def _detour(rng: random.Random, story: Story, step: Step, before: int, after: in
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- open tasks
+# ---------------------------------------------------------------------------------------------------------- open tasks
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _counted(rng: random.Random, mean: float, most: int) -> int:
@@ -245,10 +285,17 @@ def draw_list(rng: random.Random) -> Prompt:
     def write(rng: random.Random) -> str:
         if mean == 0.0:
             item = rng.choice(THINGS)
-            return rng.choice((f"A {item}.", f"A {rng.choice(COLORS)} {item}.", f"There is a {rng.choice(COLORS)} {item}.", f"In the {place} there is a {item}."))
+            return rng.choice(
+                (
+                    f"A {item}.",
+                    f"A {rng.choice(COLORS)} {item}.",
+                    f"There is a {rng.choice(COLORS)} {item}.",
+                    f"In the {place} there is a {item}.",
+                )
+            )
         items = [_item(rng) for _ in range(_counted(rng, mean, 45))]
         opening = rng.choices(("", f"In the {place} there is ", "Here is "), (3, 1, 1))[0]
-        return f"{opening}{', '.join(items)}.".replace("a", "A", 1) if not opening else f"{opening}{', '.join(items)}."
+        return _sentence(f"{opening}{', '.join(items)}.")
 
     return Prompt("list", form.format(a=adjective, p=place), None, write)
 
@@ -270,7 +317,7 @@ def draw_describe(rng: random.Random) -> Prompt:
 
     def write(rng: random.Random) -> str:
         if mean == 0.0:
-            return f"{rng.choice(('', 'Very ', 'It is ', 'I think it is '))}{rng.choice(ADJECTIVES)}.".capitalize().replace("i think", "I think")
+            return _sentence(f"{rng.choice(('', 'very ', 'it is ', 'I think it is '))}{rng.choice(ADJECTIVES)}.")
         out = [f"The {place} is {adjective}."] if rng.random() < 0.6 else []
         out += [_sight(rng) for _ in range(_counted(rng, mean, 24))]
         if rng.random() < 0.4:
@@ -324,21 +371,18 @@ def _event(rng: random.Random, animal: str) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------- drills
+# -------------------------------------------------------------------------------------------------------------- drills
 
 
 def draw_drill(rng: random.Random) -> Prompt:
-    """Base-model exercises: repeat the clauses of a story, or do one sum."""
+    """One sum, an exercise for the base model."""
     story = draw_story(rng)
-    if rng.random() < 0.6:
-        said = _tell_clauses(story.clauses)
-        return Prompt("drill", f"Repeat: {said}.", None, lambda _: f"{said}.".capitalize())
     step, before, after = story.steps[0], story.totals[0], story.totals[1]
     line = f"{before} {step.op} {step.amount}"
     return Prompt("drill", f"What is {line}?", str(after), lambda _: f"We get {line} = {after}. Answer: {after}")
 
 
-# --------------------------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------------------------- drawing
 
 _DRAW: dict[str, Callable[[random.Random], Prompt]] = {
     "problem": draw_problem,
@@ -347,7 +391,7 @@ _DRAW: dict[str, Callable[[random.Random], Prompt]] = {
     "tell": draw_tell,
     "drill": draw_drill,
 }
-TRAINING_MIX = {"problem": 0.66, "list": 0.08, "describe": 0.08, "tell": 0.08, "drill": 0.1}
+TRAINING_MIX = {"problem": 0.72, "list": 0.07, "describe": 0.06, "tell": 0.06, "drill": 0.09}
 PROMPT_MIX = {"problem": 0.55, "list": 0.15, "describe": 0.15, "tell": 0.15}
 
 
@@ -377,7 +421,7 @@ def draw_prompts(seed: int, count: int, split: str, mix: dict[str, float] | None
 
 
 def draw_corpus(seed: int, count: int) -> Iterator[tuple[Prompt, str]]:
-    """``count`` pairs of prompt and answer for the base model, in the ``base`` split; prompts may repeat, with other answers."""
+    """``count`` pairs of prompt and answer for the base model, all of split ``base``; prompts may repeat."""
     rng = random.Random(f"corpus {seed}")
     prompts = draw(rng, TRAINING_MIX, "base")
     for _ in range(count):
