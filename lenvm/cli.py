@@ -13,6 +13,7 @@ import typer
 from lenvm import __version__
 from lenvm.evaluation.commands import app as evaluation
 from lenvm.pipeline.commands import app as pipeline
+from lenvm.report.command import report
 from lenvm.sampling.commands import sample
 
 main = typer.Typer(
@@ -21,6 +22,7 @@ main = typer.Typer(
     help="Length value models: predict and control how many tokens a language model will write.",
 )
 main.command()(sample)
+main.command()(report)
 main.add_typer(evaluation, name="eval")
 main.add_typer(pipeline, name="pipeline")
 

@@ -20,10 +20,12 @@ class Section(BaseModel):
 
 class Prepare(Section):
     """A script of the recipe's own: `TRAIN_PYTHON SCRIPT OUT/prepare ARGS...`, with `--data DIR` where the recipe has
-    `data`. It writes the prompt files, and where the base is trained also `base_init/` and `data/`."""
+    `data`. It writes the prompt files, and where the base is trained also `base_init/` and `data/`. `reads` are further
+    files whose content decides its output; the Python files beside it always do."""
 
     script: Path
     args: tuple[str, ...] = ()
+    reads: tuple[Path, ...] = ()
 
 
 class Training(Section):
@@ -241,7 +243,8 @@ def _resolve(recipe: Recipe, path: Path) -> Recipe:
     }
     if recipe.prepare is not None:
         script = found(recipe.prepare.script, "prepare.script")
-        changes["prepare"] = recipe.prepare.model_copy(update={"script": script})
+        reads = tuple(found(file, "prepare.reads") for file in recipe.prepare.reads)
+        changes["prepare"] = recipe.prepare.model_copy(update={"script": script, "reads": reads})
     if recipe.base.train is not None:
         config = found(recipe.base.train.config, "base.train.config")
         changes["base"] = recipe.base.model_copy(

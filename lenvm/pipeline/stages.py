@@ -16,7 +16,7 @@ from rich.console import Console
 from lenvm.pipeline.errors import PipelineError
 from lenvm.pipeline.processes import run_logged
 from lenvm.pipeline.recipe import Recipe, Training
-from lenvm.pipeline.server import SglangServer
+from lenvm.pipeline.server import CPU_ENV, SglangServer, cpu_environment
 from lenvm.sampling.log import write_json
 
 SPLITS = ("train", "val", "test")
@@ -207,14 +207,16 @@ def _train(context: Context, name: str, training: Training, places: dict[str, st
         given |= {"overwrite_output_dir": True}
     words = [str(context.train_python), "-m", "llamafactory.cli", "train", str(training.config)]
     words += [f"{key}={_omega(value)}" for key, value in given.items()]
-    run_logged(words, context.log(name), _offline(context), watch=lambda: context.status(training_line(out)))
+    env = _training_environment(context)
+    run_logged(words, context.log(name), env, watch=lambda: context.status(training_line(out)))
     for left in out.glob("checkpoint-*"):
         shutil.rmtree(left)
 
 
-def _offline(context: Context) -> dict[str, str]:
+def _training_environment(context: Context) -> dict[str, str]:
     """Where we train the base ourselves everything is local, and nothing should try to reach the hub."""
-    return {} if context.recipe.base.path else {"HF_HUB_OFFLINE": "1"}
+    offline = {} if context.recipe.base.path else {"HF_HUB_OFFLINE": "1"}
+    return {**cpu_environment(CPU_ENV), **offline}
 
 
 def _omega(value: Any) -> str:
@@ -252,11 +254,9 @@ def _last_line(log: Path) -> str:
 
 
 def _script_files(context: Context) -> Iterable[Path]:
-    """The prepare script and the modules beside it and in examples' shared folder: what it may import."""
-    if context.recipe.prepare is None:
-        return ()
-    folder = context.recipe.prepare.script.parent
-    return sorted([*folder.glob("*.py"), *folder.parent.glob("common/*.py")])
+    """The prepare script, the modules beside it, and what the recipe says it reads."""
+    prepare = context.recipe.prepare
+    return () if prepare is None else sorted([*prepare.script.parent.glob("*.py"), *prepare.reads])
 
 
 def _data_files(context: Context) -> Iterable[Path]:
