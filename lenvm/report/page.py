@@ -98,8 +98,8 @@ def figure(estimate: Estimate | None, digits: int = 1, unit: str = "") -> str:
     if estimate is None:
         return Markup('<span class="none">–</span>')
     value, low, high = (f"{v:.{digits}f}".replace("-", "−") for v in (estimate.value, estimate.low, estimate.high))
-    end = f" {unit}" if unit else ""
-    return Markup(f'<b>{escape(value)}{escape(end)}</b> <span class="ci">{escape(low)} – {escape(high)}</span>')
+    end = f"\u00a0{unit}" if unit else ""
+    return Markup(f'<b>{escape(value)}{escape(end)}</b> <span class="ci">{escape(low)} to {escape(high)}</span>')
 
 
 def criterion_value(criterion: Criterion) -> str:

@@ -101,11 +101,13 @@ def trade_off(t: TradeOff) -> str:
                 panel.errorbar(x, y, yerr=[low, high], color=colour, lw=1.8, elinewidth=1, marker=marker, ms=6)
         panel.plot(t.base_mean_length.value, t.base_accuracy.value, marker="*", ms=15, color=INK, lw=0, zorder=5)
         for p in t.budgets:
-            spot = (p.mean_length.value, p.accuracy.value)
-            panel.annotate(f"≤ {p.setting:g}", spot, (-8, 8), textcoords="offset points", ha="right", fontsize=9.5)
+            spot = (p.mean_length.value, p.accuracy.high)
+            panel.annotate(f"≤ {p.setting:g}", spot, (0, 4), textcoords="offset points", ha="center", fontsize=9.5)
         for p in t.biases:
             spot = (p.mean_length.value, p.accuracy.value)
-            panel.annotate(f"β {p.setting:+g}", spot, (8, -13), textcoords="offset points", fontsize=9.5)
+            label = f"β {p.setting:+g}".replace("-", "−")
+            down = -12 if p.accuracy.value > 8 else 2  # not onto the axis
+            panel.annotate(label, spot, (7, down), textcoords="offset points", fontsize=9.5)
         handles = [
             _handle("posterior at_most, budget T", COLOURS["posterior"], "o"),
             _handle("length_bias β", COLOURS["bias"], "s"),
@@ -113,8 +115,8 @@ def trade_off(t: TradeOff) -> str:
             _handle("base, unguided", INK, "*"),
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=4, handlelength=1.6, columnspacing=1.6)
-        panel.set_xlim(left=0)
-        panel.set_ylim(0, min(100, panel.get_ylim()[1] * 1.05))
+        panel.set_xlim(0, 1.07 * panel.get_xlim()[1])
+        panel.set_ylim(0, min(104, panel.get_ylim()[1] * 1.08))
         panel.set_xlabel("mean length, tokens (answers over a budget count as cut there)")
         panel.set_ylabel("accuracy, %")
         return _svg(figure, "tradeoff", "Accuracy against mean length")
