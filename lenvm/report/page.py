@@ -87,6 +87,7 @@ def render(results: Results, timings: dict[str, Any] | None = None) -> str:
         total_seconds=(timings or {}).get("total", {}).get("seconds"),
         peak_bytes=(timings or {}).get("total", {}).get("peak_bytes"),
         parameters=json.dumps(r.parameters, indent=2),
+        model=str(r.parameters.get("model", "")).rstrip("/").rpartition("/")[2],
         server=json.dumps(r.server, indent=2),
     )
 
