@@ -133,8 +133,6 @@ def load_datasets(
     """Usable training rows and validation rows (a data set, a dict of them, or None)."""
     from llamafactory.data import get_dataset
 
-    if data_args.val_size > 1e-6 and data_args.eval_dataset is not None:
-        raise ValueError("give either `val_size` or `eval_dataset`, not both.")
     if training_args.do_predict and data_args.eval_on_each_dataset:
         raise ValueError("`do_predict` writes one file; set `eval_on_each_dataset: false`.")
     val_size, data_args.val_size = data_args.val_size, 0.0  # the host splits rows; samples of one prompt would leak

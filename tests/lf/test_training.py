@@ -329,7 +329,7 @@ def test_validation_split_by_prompt_and_text_data(world: Any) -> None:
         ({"compute_accuracy": True}, "does not support `compute_accuracy`"),
         ({"shift_attn": True}, "does not support `shift_attn`"),
         ({"add_tokens": "<x>"}, "does not support `resize_vocab` / `add_tokens`"),
-        ({"val_size": 0.1, "eval_dataset": "held_out"}, "give either `val_size` or `eval_dataset`, not both."),
+        ({"val_size": 0.1, "eval_dataset": "held_out"}, "Cannot specify `val_size` if `eval_dataset` is not None."),
         ({"label_smoothing_factor": 0.1}, "does not support `label_smoothing_factor`"),
         (
             {"do_train": False, "do_eval": True, "eval_dataset": "held_out", "dataset": None},
