@@ -180,12 +180,17 @@ def compare_tokenizers(lenvm_path: str, base_path: str) -> None:
     """
     from transformers import AutoTokenizer
 
+    # transformers makes up an empty tokenizer where there is none
+    if not any(Path(lenvm_path).glob("tokenizer*")):
+        raise StartError(
+            f"the length value model {lenvm_path} has no tokenizer; copy the base model's tokenizer files into it."
+        )
     try:
         ours = AutoTokenizer.from_pretrained(lenvm_path).get_vocab()
     except Exception as error:
         raise StartError(
-            f"the length value model {lenvm_path} has no readable tokenizer ({type(error).__name__}: {error}); "
-            "copy the base model's tokenizer files into it."
+            f"the length value model {lenvm_path} has a tokenizer that cannot be read ({type(error).__name__}: "
+            f"{error}); copy the base model's tokenizer files into it."
         ) from None
     theirs = AutoTokenizer.from_pretrained(base_path).get_vocab()
     if ours == theirs:

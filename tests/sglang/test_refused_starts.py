@@ -77,9 +77,12 @@ def test_another_tokenizer(pair: Path, tmp_path: Path) -> None:
     tokenizer("entirely different words here").save_pretrained(other)
     with pytest.raises(StartError, match="another tokenizer"):
         check_checkpoint(Settings(str(other)), str(pair / "base"), CONTEXT)
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(StartError, match="cannot be read"):
+        check_checkpoint(Settings(str(other)), str(pair / "base"), CONTEXT)
     for file in other.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(StartError, match="no readable tokenizer"):
+    with pytest.raises(StartError, match="has no tokenizer"):
         check_checkpoint(Settings(str(other)), str(pair / "base"), CONTEXT)
 
 
