@@ -28,7 +28,7 @@ FINAL = re.compile(r"\n?####\s*(.+?)\s*$")
 
 
 def read_problems(path: Path) -> list[tuple[str, str, str]]:
-    """(question, answer in words, final answer) of each line; the answer ends with "The answer is N." """
+    """(question, answer in words, final answer) of each line; the answer in words ends with "Answer: N"."""
     problems = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         row = json.loads(line)
@@ -37,7 +37,7 @@ def read_problems(path: Path) -> list[tuple[str, str, str]]:
         if final is None:
             raise SystemExit(f"{path}, line {number}: the answer has no `#### N` at its end")
         value = final.group(1).replace(",", "")
-        problems.append((row["question"].strip(), f"{text[: final.start()].strip()}\nThe answer is {value}.", value))
+        problems.append((row["question"].strip(), f"{text[: final.start()].strip()}\nAnswer: {value}", value))
     return problems
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,20 +28,19 @@ def tail(path: Path, lines: int = TAIL_LINES) -> str:
 
 
 def end_group(process: subprocess.Popen[bytes], grace: float = 10.0) -> None:
-    """End a process started with `start_new_session` and all its descendants: politely first, then for good."""
+    """End a process started with `start_new_session` and all its descendants.
+
+    The process itself is asked first: servers and launchers end their children in good order. Whatever is left of its
+    group when it has ended, or after `grace` seconds, is killed.
+    """
     children = _descendants(process.pid)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        deadline = time.monotonic() + grace
-        while time.monotonic() < deadline:
-            if process.poll() is not None and not any(c.is_running() and not _zombie(c) for c in children):
-                return
-            time.sleep(0.05)
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(grace)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     for child in children:  # a child that left the group
-        if child.is_running() and not _zombie(child):
+        with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
     process.wait()
 
@@ -51,13 +50,6 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def _zombie(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
 
 
 def run_logged(

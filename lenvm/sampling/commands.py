@@ -128,13 +128,6 @@ def run(
         console.print(f"{out}: a torn last line of {result.repaired} bytes was cut off.", markup=False, soft_wrap=True)
     for note in result.notes:
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
-    if asked.seeds_honoured is False:
-        console.print(
-            "note: this server ignores seeds of single requests, so another run draws other samples "
-            "(SGLang honours them with --enable-deterministic-inference).",
-            style="yellow",
-            soft_wrap=True,
-        )
     for prompt_id, reason in result.failed.items():
         console.print(f"failed: prompt {prompt_id}: {reason}", style="red", markup=False, soft_wrap=True)
     if result.drawn or result.kept:

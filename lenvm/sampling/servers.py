@@ -79,6 +79,14 @@ class Server(ABC):
             return False
         return True
 
+    def _note_seeds(self, info: dict[str, Any]) -> None:
+        self.seeds_honoured = bool(info.get("enable_deterministic_inference", False))
+        if not self.seeds_honoured:
+            self.notes.append(
+                "this server ignores seeds of single requests, so another run draws other samples "
+                "(SGLang honours them with --enable-deterministic-inference)."
+            )
+
     async def _name(self, client: httpx.AsyncClient) -> str:
         listed = await get_json(client, f"{self.url}/v1/models")
         try:
@@ -115,7 +123,7 @@ class SglangServer(Server):
                 f"{self.url} does not answer /server_info as SGLang does; check --server, or use --api openai."
             )
         self.model = self.model or str(info.get("served_model_name") or info["model_path"])
-        self.seeds_honoured = bool(info.get("enable_deterministic_inference", False))
+        self._note_seeds(info)
         if self._directory is None:
             self._directory = Path(str(info.get("tokenizer_path") or info["model_path"]))
             if not self._directory.is_dir():
@@ -185,7 +193,7 @@ class OpenAIServer(Server):
         self.model = self.model or await self._name(client)
         info = await get_json(client, f"{self.url}/server_info")
         if isinstance(info, dict) and "enable_deterministic_inference" in info:
-            self.seeds_honoured = bool(info["enable_deterministic_inference"])
+            self._note_seeds(info)
         try:
             response = await client.post(self._url, json={**self._body(first, 0), "max_tokens": 1})
             if response.status_code == 400 and "return_token_ids" in response.text:

@@ -72,6 +72,7 @@ def test_an_interruption_ends_children_and_grandchildren(tmp_path: Path, number:
     os.kill(process.pid, number)
     _, errors = process.communicate(timeout=20)
     assert "interrupted; again" in errors
+    time.sleep(0.2)
     for pid in map(int, pids.read_text().split()):
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
