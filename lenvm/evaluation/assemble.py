@@ -127,6 +127,7 @@ def _row(
     ids = [a.request.prompt_id for a in answers]
     lengths = np.array([a.length for a in answers])
     targets = np.array([a.request.target for a in answers])
+    ended = np.array([a.finish_reason == "stop" for a in answers])
     scored = _clustered_log_probs(answers, log_probs)
     solved = [a for a in answers if prompts[a.request.prompt_id].answer is not None]
     right = [float(prompts[a.request.prompt_id].is_right(a.text, a.finish_reason)) for a in solved]
@@ -136,7 +137,7 @@ def _row(
         label=CONTROLLERS[controller].label,
         length_score=_certain(mean_interval(length_score(lengths, targets, _mode(mode)), ids)),
         deviation=_certain(mean_interval(np.abs(length_deviation(lengths, targets)), ids), 100.0),
-        kept=_certain(share_interval(kept(lengths, targets, _mode(mode)).astype(np.float64), ids), 100.0),
+        kept=_certain(share_interval(kept(lengths, targets, _mode(mode), ended).astype(np.float64), ids), 100.0),
         natural_stops=_stops(answers, log_probs),
         base_log_prob=Estimate.of(mean_interval(scored.values, scored.prompts)),
         log_prob_difference=None
@@ -188,7 +189,7 @@ def median_rows(answers: Sequence[Answer], data: NaturalData) -> list[MedianRow]
         if not chosen:
             continue
         right = _right(chosen, prompts)
-        hits = [float(a.length == a.request.target) for a in chosen]
+        hits = [float(a.length == a.request.target and a.finish_reason == "stop") for a in chosen]
         rows.append(
             MedianRow(
                 controller=key,

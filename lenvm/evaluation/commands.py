@@ -74,8 +74,8 @@ def control(
     median_samples: Annotated[int, typer.Option(min=1, help="Answers a problem at its median length.")] = 4,
     share_samples: Annotated[int, typer.Option(min=1, help="Answers a problem at 60 % of the base's length.")] = 4,
     curve_samples: Annotated[int, typer.Option(min=1, help="Answers a problem at the other points.")] = 2,
-    biases: Annotated[str, typer.Option(help="length_bias values of the trade-off.")] = "-20,-10,-5,-2,3,8",
-    budgets: Annotated[str, typer.Option(help="at_most budgets as shares of the base's mean.")] = "0.35,0.45,0.8,1.1",
+    biases: Annotated[str, typer.Option(help="length_bias values of the trade-off.")] = "-16,-6,-2,4",
+    budgets: Annotated[str, typer.Option(help="at_most budgets as shares of the base's mean.")] = "0.4,0.8,1.1",
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Bound of every answer; default: that of the samples.")
     ] = None,

@@ -54,6 +54,12 @@ class NaturalPrompt:
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", np.array([s.length for s in self.samples], dtype=np.int64))
 
+    @property
+    def ended_lengths(self) -> NDArray[np.int64]:
+        """L of the completions that ended by themselves, whose length is known; of all where none did."""
+        ended = np.array([s.finish_reason == "stop" for s in self.samples])
+        return self.lengths[ended] if ended.any() else self.lengths
+
     def is_right(self, text: str, finish_reason: str) -> bool:
         """Whether an answer is right. One that was cut by max_tokens is not: its last number may be half a number.
 

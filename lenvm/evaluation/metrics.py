@@ -55,8 +55,16 @@ def length_score(length: ArrayLike, target: ArrayLike, mode: Mode = "equal_to") 
     return score
 
 
-def kept(length: ArrayLike, target: ArrayLike, mode: Mode) -> NDArray[np.bool_]:
+def kept(length: ArrayLike, target: ArrayLike, mode: Mode, ended: ArrayLike = True) -> NDArray[np.bool_]:
     """Whether the constraint holds: L = T, L <= T or L >= T. For `equal_to` this is the exact hit.
+
+    An answer that max_tokens cut has no length yet; it keeps nothing but a bound from below.
+
+    Args:
+        length: L in tokens, any shape.
+        target: T in tokens.
+        mode: the constraint.
+        ended: whether the answer ended with its stop token.
 
     Raises:
         ValueError: for a mode that does not exist.
@@ -64,8 +72,10 @@ def kept(length: ArrayLike, target: ArrayLike, mode: Mode) -> NDArray[np.bool_]:
     _check_mode(mode)
     lengths, targets = np.asarray(length), np.asarray(target)
     if mode == "equal_to":
-        return np.asarray(lengths == targets)
-    return np.asarray(lengths <= targets) if mode == "at_most" else np.asarray(lengths >= targets)
+        return np.asarray((lengths == targets) & np.asarray(ended))
+    if mode == "at_most":
+        return np.asarray((lengths <= targets) & np.asarray(ended))
+    return np.asarray(lengths >= targets)
 
 
 def repetition(token_ids: Sequence[int], n: int = 4) -> float:

@@ -35,8 +35,8 @@ class Sizes(BaseModel):
     median_samples: int = Field(default=4, ge=1)
     share_samples: int = Field(default=4, ge=1)
     curve_samples: int = Field(default=2, ge=1)
-    biases: tuple[float, ...] = (-20.0, -10.0, -5.0, -2.0, 3.0, 8.0)
-    budgets: tuple[float, ...] = (0.35, 0.45, SHARE, 0.8, 1.1)
+    biases: tuple[float, ...] = (-16.0, -6.0, -2.0, 4.0)
+    budgets: tuple[float, ...] = (0.4, SHARE, 0.8, 1.1)
     seed: int = 0
 
 
@@ -112,7 +112,7 @@ def natural_targets(
     """Targets at stratified random quantiles of a prompt's own lengths: one in each of `count` equal slices.
 
     Args:
-        lengths: [N] L of the base's completions in tokens.
+        lengths: [N] L of the base's finished completions in tokens.
         count: how many targets.
         within: lowest and highest quantile.
         rng: decides where in its slice each quantile lies.
@@ -126,8 +126,8 @@ def natural_targets(
 
 
 def natural_median(prompt: NaturalPrompt) -> int:
-    """The median length of the base's own completions of a prompt, a length that occurred."""
-    return int(np.quantile(prompt.lengths, 0.5, method="inverted_cdf"))
+    """The median length of the base's own finished completions of a prompt, a length that occurred."""
+    return int(np.quantile(prompt.ended_lengths, 0.5, method="inverted_cdf"))
 
 
 def budget(problems: Sequence[NaturalPrompt], share: float) -> int:
@@ -150,7 +150,7 @@ def _control(prompts: Sequence[NaturalPrompt], sizes: Sizes) -> Iterator[Request
         within = NATURAL_RANGE if mode == "equal_to" else BOUND_RANGE
         for prompt in prompts:
             rng = np.random.default_rng(stable_seed(sizes.seed, "targets", mode, prompt.id))
-            targets = natural_targets(prompt.lengths, count, within, rng)
+            targets = natural_targets(prompt.ended_lengths, count, within, rng)
             for controller in IN_MODE[mode]:
                 for k, target in enumerate(targets):
                     yield _request(mode, controller, prompt, target, k, sizes.seed)

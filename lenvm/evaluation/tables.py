@@ -19,6 +19,7 @@ def show(results: Results, console: Console) -> None:
         _control(f"{mode}: targets within each prompt's natural range", mode, results, console)
     if results.side:
         console.print(_control_table("equal_to, other controllers (one target a prompt)", "equal_to", results.side))
+        console.print()
     _median(results, console)
     _trade_off(results, console)
     _prediction(results, console)

@@ -51,6 +51,13 @@ def test_score_is_100_exactly_where_the_constraint_is_kept(length, target, mode)
     assert (score == 100) == bool(kept(length, target, mode))
 
 
+def test_a_cut_answer_keeps_only_a_bound_from_below():
+    assert not kept(64, 64, "equal_to", ended=False)
+    assert not kept(64, 80, "at_most", ended=False)
+    assert kept(64, 60, "at_least", ended=False)
+    assert kept([5, 5], 5, "equal_to", ended=[True, False]).tolist() == [True, False]
+
+
 def test_huge_overshoot_does_not_overflow():
     with np.errstate(all="raise"):
         assert float(length_score(1, 10**6)) == pytest.approx(100 * math.exp(-5), rel=1e-4)

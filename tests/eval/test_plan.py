@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from lenvm.evaluation.data import read_natural
+from lenvm.evaluation.data import NaturalPrompt, Sample, read_natural
 from lenvm.evaluation.errors import EvaluationError
 from lenvm.evaluation.metrics import MODES
 from lenvm.evaluation.plan import SHARE, Sizes, budget, make_plan, natural_median, natural_targets
@@ -79,6 +79,14 @@ def test_data_errors_name_the_place(world, tmp_path):
     broken.write_text('{"id": "other", "messages": []}\n')
     with pytest.raises(EvaluationError, match="no prompt of"):
         read_natural(broken, world.samples)
+
+
+def test_targets_come_from_completions_that_ended():
+    samples = tuple(Sample("", (0,) * n, reason) for n, reason in [(5, "stop"), (9, "stop"), (64, "length")])
+    prompt = NaturalPrompt("a", [], (1,), samples)
+    assert prompt.ended_lengths.tolist() == [5, 9]
+    assert natural_median(prompt) == 5
+    assert NaturalPrompt("b", [], (1,), samples[2:]).ended_lengths.tolist() == [64]
 
 
 def test_a_cut_answer_is_not_right(world):
