@@ -102,8 +102,8 @@ class Evaluation(Section):
     median_samples: int = Field(default=4, ge=1)
     share_samples: int = Field(default=4, ge=1)
     curve_samples: int = Field(default=2, ge=1)
-    biases: tuple[float, ...] = (-20.0, -10.0, -5.0, -2.0, 3.0, 8.0)
-    budgets: tuple[float, ...] = (0.35, 0.45, 0.8, 1.1)
+    biases: tuple[float, ...] = (-16.0, -6.0, -2.0, 4.0)
+    budgets: tuple[float, ...] = (0.4, 0.8, 1.1)
     concurrency: int = Field(default=64, ge=1)
     speed: bool = True
     seed: int = 0
