@@ -62,7 +62,7 @@ def complete(
         )
         ids = model.generate(
             input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], max_new_tokens=MAX_NEW_TOKENS,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, use_cache=True, **sampling,
         )  # fmt: skip
         for row in ids[:, encoded["input_ids"].shape[1] :].tolist():
             stopped = tokenizer.eos_token_id in row

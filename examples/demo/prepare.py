@@ -1,6 +1,6 @@
 """Write everything the demo starts from: tokenizer, untrained base model, training text, prompts.
 
-    python examples/demo/prepare.py OUT [--seed 0] [--documents 40000]
+    python examples/demo/prepare.py OUT [--seed 0] [--documents 44000]
 
     OUT/base_init/            Qwen2-architecture model with random weights, and the tokenizer
     OUT/data/                 base_train.jsonl (ShareGPT rows) and dataset_info.json for LlamaFactory
@@ -27,7 +27,7 @@ from tokenizer import train_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
 from world import Prompt, draw_corpus, draw_prompts
 
-DOCUMENTS = 40_000
+DOCUMENTS = 44_000
 PROMPTS = {"train": 1200, "val": 150, "test": 200}
 TOKENIZER_DOCUMENTS = 10_000
 MAX_LENGTH = 1024
@@ -53,13 +53,13 @@ def prompt_row(prompt: Prompt, prompt_id: str) -> dict[str, object]:
 
 
 def base_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """An untrained Qwen2 of about 0.9 million parameters, float32."""
+    """An untrained Qwen2 of about 0.7 million parameters, float32."""
     set_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=352,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=MAX_LENGTH,

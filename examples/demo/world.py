@@ -2,7 +2,7 @@
 
 Two families of prompts:
 
-* ``problem``: an arithmetic word problem of two or three steps. It may be answered tersely ("Start 12, first buys 3:
+* ``problem``: an arithmetic word problem of two or three steps. It may be answered tersely ("First buys 3:
   12 + 3 = 15. Answer: 15") or at length: restating, running totals, checks, detours that open with "Wait" or "Hmm" and
   close with "therefore". Every style computes step by step and repeats the clause it is working on, and each position
   has verbs of its own: these are the cues by which a very small model learns to copy the right operand. The last words
@@ -67,7 +67,7 @@ QUESTIONS = (
     "How many {items} does {name} have in the end?",
 )
 # A hint shifts how often the terse style is used. It never decides it.
-HINTS = {"Be brief.": 0.55, "": 0.33, "Explain.": 0.2}
+HINTS = {"Be brief.": 0.5, "": 0.28, "Explain.": 0.15}
 _HINT_WEIGHTS = (2, 5, 2)
 
 PLACES = (
@@ -203,11 +203,11 @@ def draw_problem(rng: random.Random) -> Prompt:
 
 
 def write_terse(rng: random.Random, story: Story) -> str:
-    """``Start 12, first buys 3: 12 + 3 = 15, then loses 5: 15 - 5 = 10. Answer: 10``"""
-    parts = [f"Start {story.start}"]
+    """``First buys 3: 12 + 3 = 15, then loses 5: 15 - 5 = 10. Answer: 10``"""
+    parts = []
     for clause, step, before, after in zip(story.clauses, story.steps, story.totals, story.totals[1:], strict=False):
         parts.append(f"{clause}: {'now ' if rng.random() < 0.2 else ''}{before} {step.op} {step.amount} = {after}")
-    return f"{', '.join(parts)}. {'So ' if rng.random() < 0.15 else ''}Answer: {story.totals[-1]}"
+    return f"{_sentence(', '.join(parts))}. {'So ' if rng.random() < 0.15 else ''}Answer: {story.totals[-1]}"
 
 
 def write_long(rng: random.Random, story: Story) -> str:
@@ -229,11 +229,11 @@ def write_long(rng: random.Random, story: Story) -> str:
         what = f" {items}" if rng.random() < 0.4 else ""
         so = rng.choice(("so", "and", "so now"))
         out.append(f"{NAMES[name]} {clause}{what}, {so} {before} {step.op} {step.amount} = {after}.")
-        if rng.random() < 0.25 + 0.5 * care:
+        if rng.random() < 0.35 + 0.5 * care:
             out.append(
                 rng.choice((f"Now {name} has {after} {items}.", f"That makes {after} {items}.", f"That is {after}."))
             )
-        while rng.random() < 0.45 * care:
+        while rng.random() < 0.55 * care:
             out.append(_detour(rng, story, step, before, after))
     while rng.random() < 0.4 * care:
         recount = ", ".join(f"{label} {total}" for label, total in zip(LABELS, totals[1:], strict=False))
@@ -391,7 +391,7 @@ _DRAW: dict[str, Callable[[random.Random], Prompt]] = {
     "tell": draw_tell,
     "drill": draw_drill,
 }
-TRAINING_MIX = {"problem": 0.72, "list": 0.07, "describe": 0.06, "tell": 0.06, "drill": 0.09}
+TRAINING_MIX = {"problem": 0.77, "list": 0.06, "describe": 0.05, "tell": 0.05, "drill": 0.07}
 PROMPT_MIX = {"problem": 0.55, "list": 0.15, "describe": 0.15, "tell": 0.15}
 
 
