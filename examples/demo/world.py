@@ -67,7 +67,7 @@ QUESTIONS = (
     "How many {items} does {name} have in the end?",
 )
 # A hint shifts how often the terse style is used. It never decides it.
-HINTS = {"Be brief.": 0.5, "": 0.28, "Explain.": 0.15}
+HINTS = {"Be brief.": 0.45, "": 0.25, "Explain.": 0.15}
 _HINT_WEIGHTS = (2, 5, 2)
 
 PLACES = (
@@ -215,11 +215,11 @@ def write_long(rng: random.Random, story: Story) -> str:
     care = rng.random()
     name, items, totals = story.name, story.items, story.totals
     out: list[str] = []
-    if rng.random() < 0.3 + 0.6 * care:
+    if rng.random() < 0.7 + 0.3 * care:
         out.append(rng.choice(("Let me work this out.", "Let us think step by step.", "We go through it slowly.")))
-    if rng.random() < 0.6 * care:
+    if rng.random() < 0.3 + 0.5 * care:
         out.append(f"We want to know how many {items} {name} has.")
-    if rng.random() < 0.4 * care:
+    if rng.random() < 0.2 + 0.4 * care:
         out.append(f"The steps are: {', '.join(story.clauses)}.")
     out.append(
         rng.choice((f"At the start {name} has {totals[0]} {items}.", f"{name} starts with {totals[0]} {items}."))
@@ -229,7 +229,7 @@ def write_long(rng: random.Random, story: Story) -> str:
         what = f" {items}" if rng.random() < 0.4 else ""
         so = rng.choice(("so", "and", "so now"))
         out.append(f"{NAMES[name]} {clause}{what}, {so} {before} {step.op} {step.amount} = {after}.")
-        if rng.random() < 0.35 + 0.5 * care:
+        if rng.random() < 0.5 + 0.4 * care:
             out.append(
                 rng.choice((f"Now {name} has {after} {items}.", f"That makes {after} {items}.", f"That is {after}."))
             )
@@ -238,10 +238,9 @@ def write_long(rng: random.Random, story: Story) -> str:
     while rng.random() < 0.4 * care:
         recount = ", ".join(f"{label} {total}" for label, total in zip(LABELS, totals[1:], strict=False))
         out.append(f"Wait, let me go over it again: start {totals[0]}, {recount}, therefore {totals[-1]}.")
-    if rng.random() < 0.6:
-        out.append(
-            rng.choice((f"In the end {name} has {totals[-1]} {items}.", f"Therefore {name} has {totals[-1]} {items}."))
-        )
+    out.append(
+        rng.choice((f"In the end {name} has {totals[-1]} {items}.", f"Therefore {name} has {totals[-1]} {items}."))
+    )
     out.append(f"Answer: {totals[-1]}")
     return " ".join(out)
 
