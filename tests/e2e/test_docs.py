@@ -1,0 +1,118 @@
+"""What the documents tell a reader to type is typed here: commands, and the Python of the README."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from lenvm.pipeline.server import SglangServer
+from tests.e2e.conftest import REPOSITORY, Run
+
+pytestmark = pytest.mark.slow
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "examples" / "README.md"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of every bash block; a trailing comment is not part of a command."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            joined = block.replace("\\\n", " ")
+            found += [
+                (page.name, line.strip()) for line in joined.splitlines() if line.strip() and line.strip()[0] != "#"
+            ]
+    return found
+
+
+def run(*words: str, folder: Path = REPOSITORY) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, cwd=folder)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> list[str]:
+    """The same command about files and addresses that exist here."""
+    places = {
+        "prompts.jsonl": str(demo.folder / "prepare" / "prompts_test.jsonl"),
+        "Qwen/Qwen2.5-7B-Instruct": str(demo.base),
+        "runs/demo/lenvm": str(demo.lenvm),
+        "NAME": "default",
+    }
+    out = [places.get(word, word) for word in words]
+    for i, word in enumerate(out):
+        if word == "--server":
+            out[i + 1] = server.url + ("/v1" if out[i + 1].endswith("/v1") else "")
+        if word == "--out":
+            out[i + 1] = str(folder / Path(out[i + 1]).name)
+        if word in ("--n", "--max-tokens"):
+            out[i + 1] = {"--n": "1", "--max-tokens": "40"}[word]
+    if "sample" in out and "--tokenizer" not in out:
+        out += ["--tokenizer", str(demo.base)]
+    return [*out, "--limit", "3"] if "sample" in out else out
+
+
+@pytest.mark.parametrize(("page", "command"), commands(), ids=lambda value: value[:60])
+def test_command(page: str, command: str, demo: Run, server: SglangServer, tmp_path: Path) -> None:
+    words = shlex.split(command, comments=True)
+    match words:
+        case ["make", *arguments]:
+            given = [a.replace("DIR", str(tmp_path)) for a in arguments]
+            run("make", "-n", *given)
+        case ["pip", "install", requirement]:
+            extra = re.fullmatch(r"lenvm\[(\w+)\]", requirement)
+            assert extra, f"{page}: {command}"
+            assert extra.group(1) in (metadata.metadata("lenvm").get_all("Provides-Extra") or [])
+        case ["llamafactory-cli" | "FORCE_TORCHRUN=1", *rest]:
+            # parsed with LlamaFactory's own parser in tests/lf/test_examples.py, where LlamaFactory is installed
+            config = next(word for word in rest if word.endswith(".yaml"))
+            assert (REPOSITORY / config).is_file()
+        case ["sglang", "serve", *flags]:
+            # starting with these flags is what the `server` fixture and tests/sglang do, through both launchers
+            given = {flag for flag in flags if flag.startswith("--")}
+            assert given <= {"--model-path", "--lenvm-model", "--lenvm-max-candidates"}, f"{page}: {command}"
+        case ["curl", *rest]:
+            reply = run("curl", *(word.replace("http://127.0.0.1:8000", server.url) for word in rest))
+            assert '"lenvm"' in reply
+        case ["lenvm", "pipeline", verb, recipe, *_]:
+            assert verb in ("run", "serve")  # both run in this folder, on a small scale: fixtures `demo` and `served`
+            assert (REPOSITORY / recipe).is_file()
+        case ["lenvm", *_]:
+            run(sys.executable, "-m", *local(words, demo, server, tmp_path))
+        case _:
+            pytest.fail(f"{page}: no test runs `{command}`")
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    missing = [p.name for p in (REPOSITORY / "docs").glob("*.md") if f"docs/{p.name}" not in readme]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_python_of_the_readme(demo: Run, server: SglangServer, capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = blocks(REPOSITORY / "README.md", "python")
+    exec(compile(snippet.replace("http://127.0.0.1:8000", server.url), "README.md", "exec"), {})
+    assert re.match(r"\d+ ", capsys.readouterr().out)
+
+
+def test_python_of_the_checkpoint_page(demo: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = blocks(REPOSITORY / "docs" / "checkpoint.md", "python")
+    exec(compile(snippet.replace("runs/demo/lenvm", str(demo.lenvm)), "checkpoint.md", "exec"), {})
+    assert "tensor(" in capsys.readouterr().out
