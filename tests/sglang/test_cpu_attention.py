@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import lenvm_cpu_attention
 import pytest
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-
-import lenvm_cpu_attention
 
 
 def case(sequences: int, query_heads: int, kv_heads: int) -> dict[str, Any]:
