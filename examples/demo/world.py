@@ -67,7 +67,7 @@ QUESTIONS = (
     "How many {items} does {name} have in the end?",
 )
 # A hint shifts how often the terse style is used. It never decides it.
-HINTS = {"Be brief.": 0.45, "": 0.25, "Explain.": 0.15}
+HINTS = {"Be brief.": 0.4, "": 0.22, "Explain.": 0.13}
 _HINT_WEIGHTS = (2, 5, 2)
 
 PLACES = (
