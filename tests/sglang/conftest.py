@@ -21,7 +21,7 @@ from tests.sglang.models import CONTEXT, FAMILIES, make_pair
 from tests.sglang.reference import Reference
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 300
+START_SECONDS = 480
 COMMON = (
     "--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32", "--sleep-on-idle",
     "--host", "127.0.0.1", "--context-length", str(CONTEXT), "--max-total-tokens", "8192",
