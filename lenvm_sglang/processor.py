@@ -112,8 +112,16 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             temperature = parameters.sampling.temperature[:, None] if step.scale_logprobs else 1.0
             step.base_logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
         ban_stop, force_stop = strict_bounds(parameters.guidance)
+        vocabulary = logits.shape[-1]
         candidates = build_candidates(
-            logits, parameters.sampling, parameters.stop_token_ids, worker.width, ban_stop, force_stop
+            logits,
+            parameters.sampling,
+            parameters.stop_token_ids,
+            worker.width,
+            ban_stop,
+            force_stop,
+            # the states are on the host: with no top-k on, ordering K tokens is enough
+            reach=max([worker.width, *(s.top_k for s in rows.states if s.top_k < vocabulary)]),
         )
         if device.type == "cpu":
             # Kept slots are a prefix of the sorted set; with no device to wait for, narrow the forward to them.
