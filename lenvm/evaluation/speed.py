@@ -70,7 +70,8 @@ async def _block(asker: Asker, prompts: Sequence[NaturalPrompt], guided: bool, l
     async def work() -> None:
         nonlocal tokens
         for request, prompt in waiting:
-            tokens += (await asker.ask(request, prompt.messages)).length
+            answer = await asker.ask(request, prompt.messages)
+            tokens += answer.length  # not in one line: `tokens` would be read before the wait, and counts lost
 
     await run_together([work() for _ in range(min(asker.settings.concurrency, len(requests)))])
     return tokens
