@@ -12,8 +12,9 @@ from lenvm.evaluation.client import Asker, ServerSettings
 from lenvm.evaluation.commands import app
 from lenvm.evaluation.data import read_natural
 from lenvm.evaluation.errors import EvaluationError
-from lenvm.evaluation.plan import Request
+from lenvm.evaluation.plan import Request, natural_median
 from lenvm.evaluation.schema import RESULTS_VERSION, read_results
+from lenvm.evaluation.speed import measure_speed
 
 
 def arguments(world, url, out, *more):
@@ -119,6 +120,19 @@ def test_a_refused_field_stops_with_the_servers_words(world, fake_server):
 
     with pytest.raises(EvaluationError, match="did you mean 'length_target'"):
         asyncio.run(ask())
+
+
+def test_the_speed_measurement_counts_every_token(world, fake_server):
+    """Answers arrive side by side; a guided one of the fake server has exactly its target's length."""
+    prompts = read_natural(world.prompts, world.samples).prompts
+
+    async def measure() -> list:
+        async with Asker(ServerSettings(fake_server.url + "/v1", max_tokens=64, concurrency=8)) as asker:
+            return await measure_speed(asker, prompts, rounds=1, requests=24)
+
+    unguided, guided = asyncio.run(measure())
+    assert guided.tokens == sum(natural_median(prompts[i % len(prompts)]) for i in range(24))
+    assert unguided.tokens >= 24
 
 
 def test_results_of_another_version_are_refused(tmp_path):
