@@ -111,7 +111,8 @@ def _errors(interrupted: str) -> Iterator[None]:
     def terminate(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    # SIGINT too: a shell starts background jobs with it ignored, and Python would leave it so
+    before = {number: signal.signal(number, terminate) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except PipelineError as error:
@@ -121,4 +122,5 @@ def _errors(interrupted: str) -> Iterator[None]:
         console.print(f"interrupted; {interrupted}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -20,8 +20,8 @@ TRAIN_PYTHON = Path(os.environ.get("LENVM_TRAIN_PYTHON", Path(sys.prefix).parent
 
 # Small enough for a test, large enough that the base model ends its answers and the LenVM has something to learn.
 SMALL = (
-    "prepare.args=[--documents, '3000']",
-    "base.train.overrides={num_train_epochs: 1.0}",
+    "prepare.args=[--documents, '10000']",
+    "base.train.overrides={max_steps: 200}",
     "sampling.max_tokens=160",
     "sampling.train={n: 4, limit: 80}",
     "sampling.val={n: 4, limit: 16}",
