@@ -107,6 +107,25 @@ def split_by_prompt(dataset: Any, val_size: float, seed: int) -> tuple[Any, Any]
     return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
 
 
+def foreign_prompts(dataset: Any, tokenizer: Any, most: int = 64) -> tuple[int, int]:
+    """How many of the first `most` different prompts this tokenizer cuts into other tokens than the rows have.
+
+    The text of a prompt comes from its own ids, so a difference means that another tokenizer wrote them, or that another
+    version of transformers reads the same files differently.
+
+    Returns:
+        (prompts that differ, prompts looked at).
+    """
+    _, first = np.unique(np.asarray(dataset["prompt_hash"]), return_index=True)
+    rows = dataset.select(np.sort(first)[:most])
+    differing = 0
+    for ids, length in zip(rows["input_ids"], rows["prompt_length"], strict=True):
+        prompt = list(ids)[:length]
+        text = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        differing += tokenizer.encode(text, add_special_tokens=False) != prompt
+    return differing, len(rows)
+
+
 def shared_prompts(train: Any, held_out: Any) -> int:
     """How many validation rows have a prompt that is trained on."""
     return int(np.isin(np.asarray(held_out["prompt_hash"]), np.asarray(train["prompt_hash"])).sum())

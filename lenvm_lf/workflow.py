@@ -13,7 +13,7 @@ from lenvm.definitions import gamma_from_lengths
 from lenvm.format import LenvmConfig
 from lenvm_lf import checkpoint
 from lenvm_lf.collator import DenseReturnCollator
-from lenvm_lf.data import by_length, shared_prompts, split_by_prompt, usable_rows
+from lenvm_lf.data import by_length, foreign_prompts, shared_prompts, split_by_prompt, usable_rows
 
 logger = logging.getLogger(__name__)
 CENSORED_SHARE_FOR_AUTO = 0.01
@@ -149,6 +149,16 @@ def load_datasets(
     train_set, eval_set = module.get("train_dataset"), module.get("eval_dataset")
     if train_set is not None:
         train_set = usable(train_set, "training", drop)
+        differing, seen = foreign_prompts(train_set, tokenizer_module["tokenizer"])
+        if differing:
+            logger.warning(
+                "%d of the first %d prompts are cut into other tokens by the tokenizer of %s than they are in the data. "
+                "If they were sampled from another model, or the server's version of transformers reads the tokenizer "
+                "differently, the length value model learns tokens that the served one does not see.",
+                differing,
+                seen,
+                model_args.model_name_or_path,
+            )
     if eval_set is None and train_set is not None and val_size > 0:
         train_set, eval_set = split_by_prompt(train_set, val_size, training_args.seed)
     elif isinstance(eval_set, dict):

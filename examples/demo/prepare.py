@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from tokenizer import train_tokenizer
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 from world import Prompt, draw_corpus, draw_prompts
 
 DOCUMENTS = 42_000
@@ -52,7 +52,7 @@ def prompt_row(prompt: Prompt, prompt_id: str) -> dict[str, object]:
     return row
 
 
-def base_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+def base_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
     """An untrained Qwen2 of about 0.7 million parameters, float32."""
     set_seed(seed)
     config = Qwen2Config(

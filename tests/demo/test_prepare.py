@@ -13,23 +13,23 @@ import tokenizer as demo_tokenizer
 import world
 from check import Completion, budget_statistics, length_statistics, percentile
 from llamafactory.data.template import TEMPLATES
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, Qwen2Tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> Qwen2Tokenizer:
     corpus = world.draw_corpus(0, prepare.TOKENIZER_DOCUMENTS)
     return demo_tokenizer.train_tokenizer(text for prompt, answer in corpus for text in (prompt.text, answer))
 
 
-def test_any_text_survives_the_round_trip(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_any_text_survives_the_round_trip(tokenizer: Qwen2Tokenizer) -> None:
     rng = random.Random(0)
     texts = [prompt.write(rng) for prompt in world.draw_prompts(0, 100, "test")]
     for text in [*texts, "naïve café — 漢字 🙂\n\ttabs  and   spaces 12345 x+y", "", " leading"]:
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_words_and_numbers_are_single_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_words_and_numbers_are_single_tokens(tokenizer: Qwen2Tokenizer) -> None:
     for number in range(100):
         assert len(tokenizer.encode(f" {number}", add_special_tokens=False)) == 1
     rng = random.Random(1)
@@ -38,7 +38,7 @@ def test_words_and_numbers_are_single_tokens(tokenizer: PreTrainedTokenizerFast)
         assert len(tokenizer.encode(text, add_special_tokens=False)) <= 1.05 * len(re.findall(r"\w+|[^\w\s]", text)) + 1
 
 
-def test_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_special_tokens(tokenizer: Qwen2Tokenizer) -> None:
     assert tokenizer.eos_token == demo_tokenizer.STOP
     assert tokenizer.pad_token == demo_tokenizer.PAD
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
@@ -46,7 +46,7 @@ def test_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     assert tokenizer.encode("a<|im_end|>")[-1] == tokenizer.eos_token_id
 
 
-def test_chat_template_is_what_llamafactory_writes(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_chat_template_is_what_llamafactory_writes(tokenizer: Qwen2Tokenizer) -> None:
     template = TEMPLATES["qwen3_nothink"]
     for prompt in world.draw_prompts(2, 20, "val"):
         messages = [{"role": "user", "content": prompt.text}, {"role": "assistant", "content": "The end."}]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lenvm_lf import rows as rows_module
 from lenvm_lf.collator import IGNORE, DenseReturnCollator
-from lenvm_lf.data import by_length, shared_prompts, split_by_prompt, usable_rows
+from lenvm_lf.data import by_length, foreign_prompts, shared_prompts, split_by_prompt, usable_rows
 from lenvm_lf.processor import LONG_PROMPT, LengthValueProcessor
 from lenvm_lf.rows import RowError, SampledRowConverter, load_lines, parse_row
 
@@ -157,6 +157,18 @@ def test_split_shares_no_prompt() -> None:
     assert again["row"] == held_out["row"]
     with pytest.raises(ValueError, match="leaves nothing to train on"):
         split_by_prompt(data, 69, seed=3)
+
+
+def test_prompts_of_another_tokenizer_are_noticed(world: Any) -> None:
+    own = list(world.train_rows[:12])
+    data = processed(own)
+    prompts = len(set(data["prompt_hash"]))
+    assert prompts >= 3
+    assert foreign_prompts(data, world.tokenizer) == (0, prompts)
+    letters = [world.tokenizer.encode(c)[0] for c in "count"]  # the letters of a word that is one token
+    cut = [r | {"prompt_token_ids": r["prompt_token_ids"][:3] + letters + r["prompt_token_ids"][4:]} for r in own]
+    assert foreign_prompts(processed(cut), world.tokenizer) == (prompts, prompts)
+    assert foreign_prompts(processed(cut), world.tokenizer, most=2) == (2, 2)
 
 
 def test_censored_rows_can_be_dropped_and_sorted() -> None:
