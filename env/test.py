@@ -14,16 +14,35 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Suite(NamedTuple):
+    """One run of pytest: in which environment, over which folders of `tests/` and which further files."""
+
+    environment: str
+    folders: tuple[str, ...]
+    files: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> list[str]:
+        """What pytest is given."""
+        return [f"tests/{folder}" for folder in self.folders] + list(self.files)
+
+
+# Longest first: they run side by side, one a core but no more than _AT_ONCE.
 SUITES = {
-    "train": ("env", "core", "lf", "demo"),
-    "serve": ("env", "eval", "report", "sampling", "pipeline", "sglang", "e2e"),
+    "e2e": Suite("serve", ("e2e",)),
+    "sglang": Suite("serve", ("sglang",)),
+    "train": Suite("train", ("env", "core", "lf", "demo")),
+    # The core is tested in full under the older transformers (train), and what depends on it under the newer too.
+    "serve": Suite("serve", ("env", "eval", "report", "sampling", "pipeline"), ("tests/core/test_modeling.py",)),
 }
-# The core is tested in full under the older transformers (train), and what depends on transformers under the newer too.
-SERVE_ALSO = ("tests/core/test_modeling.py",)
+_AT_ONCE = min(2, os.cpu_count() or 1)  # more would be several SGLang servers at the same time
 LINTERS = {
     "ruff check": ("-m", "ruff", "check", "."),
     "ruff format": ("-m", "ruff", "format", "--check", "."),
@@ -47,23 +66,22 @@ def environments_home() -> Path:
 
 def unassigned_folders(tests: Path) -> list[str]:
     """Folders of tests/ with test files in them that no suite names."""
-    known = {folder for folders in SUITES.values() for folder in folders}
+    known = {folder for suite in SUITES.values() for folder in suite.folders}
     return sorted({p.relative_to(tests).parts[0] for p in tests.rglob("test_*.py")} - known)
 
 
-def suite_paths(name: str) -> list[str]:
-    """What pytest is given in one environment: the folders and files that exist."""
-    paths = [f"tests/{folder}" for folder in SUITES[name]] + (list(SERVE_ALSO) if name == "serve" else [])
-    return [path for path in paths if (ROOT / path).exists()]
+def run(python: Path, arguments: list[str], output: IO[bytes] | None = None) -> tuple[int, float]:
+    """Run the interpreter of an environment in the checkout, its output going to a file or to ours.
 
-
-def run(python: Path, arguments: list[str]) -> tuple[int, float]:
-    """Run the interpreter of an environment in the checkout, its output going to ours. Returns (status, seconds)."""
+    Returns (status, seconds).
+    """
     environment = dict(os.environ)
     # Tiny models gain nothing from threads, and two busy pools on few cores lose a lot.
     environment.setdefault("OMP_NUM_THREADS", "1")
     began = time.monotonic()
-    status = subprocess.run([str(python), *arguments], cwd=ROOT, env=environment, check=False).returncode
+    command = [str(python), *arguments]
+    error = subprocess.STDOUT if output else None
+    status = subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=output, stderr=error).returncode
     return status, time.monotonic() - began
 
 
@@ -87,27 +105,31 @@ def counts(report: Path) -> dict[str, int]:
 
 
 def run_suite(name: str, fast: bool) -> Result:
-    """Run pytest in one environment."""
-    paths = suite_paths(name)
-    print(f"\n== tests, {name} environment: {' '.join(paths)}", flush=True)
+    """Run pytest in one environment; what it printed is shown when it has ended, because suites run side by side."""
+    suite = SUITES[name]
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        arguments = ["-m", "pytest", "-q", f"--junitxml={report}", *paths]
+        report, printed = Path(folder) / "report.xml", Path(folder) / "printed"
+        arguments = ["-m", "pytest", "-q", f"--junitxml={report}", *suite.paths]
         if fast:
             arguments += ["-m", "not slow"]
-        status, seconds = run(environments_home() / name / "bin" / "python", arguments)
+        with printed.open("wb") as output:
+            status, seconds = run(environments_home() / suite.environment / "bin" / "python", arguments, output)
         n = counts(report)
+        text = printed.read_text(errors="replace")
+    print(f"\n== tests, {name} ({suite.environment} environment): {' '.join(suite.paths)}\n{text}", flush=True)
     bad = n["failures"] + n["errors"]
     detail = f"{n['tests'] - bad - n['skipped']} passed, {bad} failed, {n['skipped']} skipped"
+    if fast and status == NO_TESTS_COLLECTED:
+        return Result(f"tests ({name})", True, seconds, "nothing fast")
     if status == NO_TESTS_COLLECTED or n["tests"] == 0:
         detail = "no test ran"
     return Result(f"tests ({name})", status == 0 and n["tests"] > 0, seconds, detail)
 
 
-def summary(results: list[Result]) -> str:
+def summary(results: list[Result], seconds: float) -> str:
     lines = [f"  {'ok    ' if r.passed else 'FAILED'}  {r.name:<14} {r.seconds:6.0f} s   {r.detail}" for r in results]
     verdict = "all passed" if all(r.passed for r in results) else "FAILED"
-    return "\n".join(["", *lines, f"{verdict} in {sum(r.seconds for r in results):.0f} s"])
+    return "\n".join(["", *lines, f"{verdict} in {seconds:.0f} s"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,15 +142,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"env/test.py: tests/{stray[0]} belongs to no environment; add it to SUITES", file=sys.stderr)
         return 2
     parts = [options.only] if options.only else ["lint", *SUITES]
-    needed = {"train" if part == "lint" else part for part in parts}
+    needed = {"train" if part == "lint" else SUITES[part].environment for part in parts}
     for name in sorted(needed):
         if not (environments_home() / name / "bin" / "python").exists():
             print(f"env/test.py: there is no {name} environment; build it with `make env-{name}`", file=sys.stderr)
             return 2
-    results: list[Result] = []
-    for part in parts:
-        results += lint() if part == "lint" else [run_suite(part, options.fast)]
-    print(summary(results), flush=True)
+    began = time.monotonic()
+    results = lint() if "lint" in parts else []
+    suites = [part for part in parts if part != "lint"]
+    if suites:
+        print(f"\nrunning {', '.join(suites)}, {_AT_ONCE} at a time; each is shown when it has ended", flush=True)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        results += pool.map(lambda name: run_suite(name, options.fast), suites)
+    print(summary(results, time.monotonic() - began), flush=True)
     return 0 if all(r.passed for r in results) else 1
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -242,13 +242,10 @@ def test_every_test_folder_belongs_to_an_environment(runner: ModuleType, root: P
     assert runner.unassigned_folders(tmp_path) == ["new"]
 
 
-def test_folders_that_do_not_exist_yet_are_left_out(
-    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
-    (tmp_path / "tests" / "lf").mkdir(parents=True)
-    assert runner.suite_paths("train") == ["tests/lf"]
-    assert runner.suite_paths("serve") == []
+def test_every_suite_names_what_exists(runner: ModuleType, root: Path) -> None:
+    for suite in runner.SUITES.values():
+        assert suite.environment in ("train", "serve")
+        assert all((root / path).exists() for path in suite.paths)
 
 
 @pytest.mark.parametrize(
@@ -275,10 +272,17 @@ def test_folders_that_do_not_exist_yet_are_left_out(
         (4, None, False, "no test ran"),
     ],
 )
-def test_an_environment_without_tests_has_failed(
-    runner: ModuleType, monkeypatch: pytest.MonkeyPatch, status: int, report: str | None, passed: bool, detail: str
+def test_a_suite_without_tests_has_failed(
+    runner: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    status: int,
+    report: str | None,
+    passed: bool,
+    detail: str,
 ) -> None:
-    def run(python: Path, arguments: list[str]) -> tuple[int, float]:
+    def run(python: Path, arguments: list[str], output: IO[bytes]) -> tuple[int, float]:
+        output.write(b"what pytest printed")
         (junit,) = [a.partition("=")[2] for a in arguments if a.startswith("--junitxml")]
         if report is not None:
             tests, failures, errors = report.split()
@@ -289,7 +293,8 @@ def test_an_environment_without_tests_has_failed(
     monkeypatch.setattr(runner, "run", run)
     result = runner.run_suite("serve", fast=False)
     assert (result.passed, result.detail) == (passed, detail)
-    assert ("all passed" in runner.summary([result])) is passed
+    assert ("all passed" in runner.summary([result], 1.0)) is passed
+    assert "what pytest printed" in capsys.readouterr().out
 
 
 def test_make_help_lists_the_targets(root: Path) -> None:
