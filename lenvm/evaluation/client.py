@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,12 +49,15 @@ class ServerSettings:
         url: the server's address, with or without /v1.
         concurrency: requests in flight.
         max_tokens: bound of every answer, the one the base's samples were drawn with.
+        sampling: temperature, top_p and, where they differ from SGLang's defaults, top_k and min_p: those the base's
+            samples were drawn with, because the LenVM has learned the lengths of that distribution.
         timeout: seconds a request may take.
     """
 
     url: str
     concurrency: int = 16
     max_tokens: int = 512
+    sampling: Mapping[str, float] = field(default_factory=lambda: {"temperature": 1.0, "top_p": 1.0})
     timeout: float = 300.0
 
     @property
@@ -66,7 +69,7 @@ class ServerSettings:
 class Asker:
     """An async context around one OpenAI client and one server.
 
-    Requests are chat completions at temperature 1 and top-p 1, the distribution whose lengths the LenVM has learned.
+    Requests are chat completions with the sampling parameters of `settings`.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -110,11 +113,10 @@ class Asker:
             self._client.chat.completions.create(
                 model=self.model,
                 messages=list(messages),  # type: ignore[arg-type]
-                temperature=1.0,
-                top_p=1.0,
                 max_tokens=self.settings.max_tokens,
                 seed=request.seed,
-                extra_body={"return_token_ids": True, **request.fields},
+                # in the body, where top_k and min_p, which the client does not know, go beside the others
+                extra_body={"return_token_ids": True, **self.settings.sampling, **request.fields},
             )
         )
         seconds = time.perf_counter() - began
@@ -150,6 +152,16 @@ class Asker:
                 f"the server at {self.settings.url} does not answer ({type(error).__name__}); "
                 "start it and repeat the command: answers already received are kept."
             ) from None
+
+
+def sampling_of(drawn: Mapping[str, Any]) -> dict[str, float]:
+    """What a request says about sampling, from the `sampling` of a row that `lenvm sample` wrote."""
+    out = {"temperature": float(drawn.get("temperature", 1.0)), "top_p": float(drawn.get("top_p", 1.0))}
+    if drawn.get("top_k", -1) != -1:
+        out["top_k"] = int(drawn["top_k"])
+    if drawn.get("min_p", 0.0) != 0.0:
+        out["min_p"] = float(drawn["min_p"])
+    return out
 
 
 class AnswerLog:

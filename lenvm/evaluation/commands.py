@@ -86,7 +86,7 @@ def control(
 
     Interrupted runs are taken up where they stopped; every answer is kept in OUT/requests.jsonl.
     """
-    from lenvm.evaluation.client import ServerSettings
+    from lenvm.evaluation.client import ServerSettings, sampling_of
     from lenvm.evaluation.data import read_natural
     from lenvm.evaluation.errors import EvaluationError
     from lenvm.evaluation.plan import Sizes
@@ -108,7 +108,9 @@ def control(
     )
     try:
         data = read_natural(prompts, samples, max_prompts)
-        settings = ServerSettings(server, concurrency, max_tokens or _max_tokens(data.sampling))
+        settings = ServerSettings(
+            server, concurrency, max_tokens or _max_tokens(data.sampling), sampling_of(data.sampling)
+        )
         with _progress(console) as notify:
             results = run_evaluation(data, Paths(out, base, lenvm), settings, sizes, notify, speed)
     except (EvaluationError, LenvmFormatError) as error:

@@ -108,7 +108,7 @@ async def _ask(
             "model": asker.model,
             "prompts": prompts_hash(data.prompts),
             "max_tokens": settings.max_tokens,
-            "sampling": {"temperature": 1.0, "top_p": 1.0},
+            "sampling": dict(settings.sampling),
             "sizes": sizes.model_dump(mode="json"),
         }
         log = AnswerLog(paths.out / "requests.jsonl", parameters)

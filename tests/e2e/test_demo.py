@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from openai import OpenAI
 
 from lenvm.pipeline.server import SglangServer
-from tests.e2e.conftest import Run, pipeline
+from tests.e2e.conftest import TRAIN_PYTHON, Run, pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +32,23 @@ def test_every_stage_ran_and_said_so(demo: Run) -> None:
     assert len(rows) == 80 * 4
     assert {row["finish_reason"] for row in rows} <= {"stop", "length"}
     assert all(row["prompt_token_ids"] and row["completion_token_ids"] and row["model"] for row in rows)
+
+
+def test_both_hosts_read_the_same_tokens(demo: Run) -> None:
+    """The hosts have different versions of transformers; the ids the server sampled from are those of the training."""
+    rows = [json.loads(line) for line in (demo.folder / "samples/train.jsonl").open()]
+    script = (
+        "import json, sys; from transformers import AutoTokenizer; t = AutoTokenizer.from_pretrained(sys.argv[1]); "
+        "write = lambda messages: t.apply_chat_template(messages, add_generation_prompt=True, return_dict=False); "
+        "print(json.dumps([write(messages) for messages in json.load(sys.stdin)]))"
+    )
+    done = subprocess.run(
+        [str(TRAIN_PYTHON), "-c", script, str(demo.base)],
+        input=json.dumps([row["messages"] for row in rows]),
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [row["prompt_token_ids"] for row in rows]
+    assert "cut into other tokens" not in (demo.folder / "logs/train_lenvm.log").read_text()
 
 
 def test_the_checkpoint_is_a_length_value_model(demo: Run) -> None:

@@ -64,12 +64,27 @@ def test_a_server_that_obeys_gets_full_marks_and_the_base_does_not(world, fake_s
     for phrase in ("Length Score", "Thresholds", "coverage of p50", "guided / unguided", "cut at"):
         assert phrase in " ".join(done.output.split())
     sent = fake_server.seen[-1]
-    assert sent["temperature"] == 1.0
-    assert sent["top_p"] == 1.0
+    assert (sent["temperature"], sent["top_p"]) == (1.0, 1.0)
+    assert "top_k" not in sent
     assert sent["max_tokens"] == 64
     again = CliRunner().invoke(app, ["show", str(out)])
     assert again.exit_code == 0
     assert "Thresholds" in again.output
+
+
+def test_requests_sample_as_the_samples_were_drawn(world, fake_server, tmp_path):
+    drawn = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05}
+    rows = [json.loads(line) for line in world.samples.read_text().splitlines()]
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text("".join(json.dumps({**r, "sampling": {**r["sampling"], **drawn}}) + "\n" for r in rows))
+    words = [
+        str(samples) if w == str(world.samples) else w for w in arguments(world, fake_server.url, tmp_path / "out")
+    ]
+    done = CliRunner().invoke(app, [*words, "--no-speed"])
+    assert done.exit_code == 0, done.output
+    assert all({k: sent[k] for k in drawn} == drawn for sent in fake_server.seen)
+    parameters = json.loads((tmp_path / "out" / "requests.jsonl").read_text().splitlines()[0])["parameters"]
+    assert parameters["sampling"] == drawn
 
 
 def test_an_interrupted_run_asks_only_for_what_is_missing(world, fake_server, tmp_path):
