@@ -101,7 +101,7 @@ def control_rows(
             chosen = [a for a in of_mode if a.request.controller == controller.key]
             if chosen:
                 main.append(_row(mode, controller.key, chosen, base, prompts, log_probs))
-    pairs = {_pair(a) for a in answers if a.request.controller == SIDE[0].key}
+    pairs = {_pair(a) for a in answers if a.request.controller in {c.key for c in SIDE}}
     same = [a for a in answers if a.request.experiment == "equal_to" and _pair(a) in pairs]
     base = [a for a in same if a.request.controller == BASE.key]
     for key in ("base", "hard", "soft", "posterior_a1", "posterior", "posterior_a4"):

@@ -12,6 +12,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lenvm.evaluation.plan import Sizes
+
 LOG_WIDTH = 140
 app = typer.Typer(help="Measure length control, its price in quality, and length prediction.", no_args_is_help=True)
 
@@ -29,6 +31,24 @@ def _floats(text: str, name: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise typer.BadParameter(f"{name} must be numbers separated by commas, got {text!r}.") from None
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _sizes(**given: Any) -> Sizes:
+    """Sizes of the plan; what pydantic refuses becomes an error of the option."""
+    from pydantic import ValidationError
+
+    from lenvm.evaluation.plan import Sizes
+
+    try:
+        return Sizes(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise typer.BadParameter(f"{option}: {first['msg']}, got {first['input']!r}.") from None
 
 
 def _max_tokens(sampling: Mapping[str, Any]) -> int:
@@ -76,6 +96,10 @@ def control(
     curve_samples: Annotated[int, typer.Option(min=1, help="Answers a problem at the other points.")] = 2,
     biases: Annotated[str, typer.Option(help="length_bias values of the trade-off.")] = "-16,-6,-2,4",
     budgets: Annotated[str, typer.Option(help="at_most budgets as shares of the base's mean.")] = "0.4,0.8,1.1",
+    modes: Annotated[str, typer.Option(help="Length modes asked for.")] = "equal_to,at_most,at_least",
+    controllers: Annotated[
+        str | None, typer.Option(help="Controllers beside the base model, e.g. hard,posterior. Default: all.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Bound of every answer; default: that of the samples.")
     ] = None,
@@ -89,14 +113,15 @@ def control(
     from lenvm.evaluation.client import ServerSettings, sampling_of
     from lenvm.evaluation.data import read_natural
     from lenvm.evaluation.errors import EvaluationError
-    from lenvm.evaluation.plan import Sizes
     from lenvm.evaluation.runner import Paths, run_evaluation
     from lenvm.evaluation.schema import write_results
     from lenvm.evaluation.tables import show
     from lenvm.format import LenvmFormatError
 
     console = wide_console()
-    sizes = Sizes(
+    sizes = _sizes(
+        modes=_words(modes),
+        **({} if controllers is None else {"controllers": _words(controllers)}),
         targets=targets,
         bound_targets=bound_targets,
         median_samples=median_samples,

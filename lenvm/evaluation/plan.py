@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lenvm.evaluation.data import NaturalData, NaturalPrompt
 from lenvm.evaluation.metrics import MODES, Mode
@@ -24,20 +24,6 @@ BOUND_RANGE = (0.10, 0.90)
 """The same for at_most and at_least: a bound below the 10th percentile asks for what hardly exists."""
 SHARE = 0.6
 """Share of the base's mean length at which the trade-off is judged."""
-
-
-class Sizes(BaseModel):
-    """How much is asked. The defaults keep the whole evaluation within a few minutes on two CPU cores."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    targets: int = Field(default=3, ge=1)
-    bound_targets: int = Field(default=2, ge=1)
-    median_samples: int = Field(default=4, ge=1)
-    share_samples: int = Field(default=4, ge=1)
-    curve_samples: int = Field(default=2, ge=1)
-    biases: tuple[float, ...] = (-16.0, -6.0, -2.0, 4.0)
-    budgets: tuple[float, ...] = (0.4, SHARE, 0.8, 1.1)
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +57,34 @@ IN_MODE: dict[Mode, tuple[Controller, ...]] = {
 }
 SIDE: tuple[Controller, ...] = (SOFT, LOOSE, TIGHT)
 """Compared under equal_to on one target a prompt only."""
+
+
+class Sizes(BaseModel):
+    """How much is asked. The defaults keep the whole evaluation within a few minutes on two CPU cores."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    targets: int = Field(default=3, ge=1)
+    bound_targets: int = Field(default=2, ge=1)
+    median_samples: int = Field(default=4, ge=1)
+    share_samples: int = Field(default=4, ge=1)
+    curve_samples: int = Field(default=2, ge=1)
+    biases: tuple[float, ...] = (-16.0, -6.0, -2.0, 4.0)
+    budgets: tuple[float, ...] = (0.4, SHARE, 0.8, 1.1)
+    modes: tuple[Mode, ...] = MODES
+    controllers: tuple[str, ...] = Field(default=tuple(CONTROLLERS), description="The base model is always asked.")
+    seed: int = 0
+
+    @field_validator("controllers")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = sorted(set(value) - set(CONTROLLERS))
+        if unknown:
+            raise ValueError(f"unknown controller {unknown[0]!r}, allowed are {', '.join(CONTROLLERS)}")
+        return value
+
+    def has(self, controller: Controller) -> bool:
+        """Whether a controller is asked."""
+        return controller is BASE or controller.key in self.controllers
 
 
 @dataclass(frozen=True)
@@ -145,31 +159,33 @@ def make_plan(data: NaturalData, sizes: Sizes) -> list[Request]:
 
 
 def _control(prompts: Sequence[NaturalPrompt], sizes: Sizes) -> Iterator[Request]:
-    for mode in MODES:
+    for mode in sizes.modes:
         count = sizes.targets if mode == "equal_to" else sizes.bound_targets
         within = NATURAL_RANGE if mode == "equal_to" else BOUND_RANGE
         for prompt in prompts:
             rng = np.random.default_rng(stable_seed(sizes.seed, "targets", mode, prompt.id))
             targets = natural_targets(prompt.ended_lengths, count, within, rng)
-            for controller in IN_MODE[mode]:
+            for controller in filter(sizes.has, IN_MODE[mode]):
                 for k, target in enumerate(targets):
                     yield _request(mode, controller, prompt, target, k, sizes.seed)
             if mode == "equal_to":
                 k = int(rng.integers(count))
-                for controller in SIDE:
+                for controller in filter(sizes.has, SIDE):
                     yield _request(mode, controller, prompt, targets[k], k, sizes.seed)
 
 
 def _median(problems: Sequence[NaturalPrompt], sizes: Sizes) -> Iterator[Request]:
+    if "equal_to" not in sizes.modes:
+        return
     for prompt in problems:
-        for controller in (HARD, POSTERIOR):
+        for controller in filter(sizes.has, (HARD, POSTERIOR)):
             # the paper's rule takes an arg max: repeating it would repeat one answer
             for k in range(1 if controller is HARD else sizes.median_samples):
                 yield _request("median", controller, prompt, natural_median(prompt), k, sizes.seed)
 
 
 def _trade_off(problems: Sequence[NaturalPrompt], sizes: Sizes) -> Iterator[Request]:
-    for share in sorted({*sizes.budgets, SHARE}):
+    for share in sorted({*sizes.budgets, SHARE}) if sizes.has(POSTERIOR) and "at_most" in sizes.modes else ():
         target = budget(problems, share)
         fields = {"length_target": target, "length_mode": "at_most"}
         for prompt in problems:

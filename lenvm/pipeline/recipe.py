@@ -104,6 +104,8 @@ class Evaluation(Section):
     curve_samples: int = Field(default=2, ge=1)
     biases: tuple[float, ...] = (-16.0, -6.0, -2.0, 4.0)
     budgets: tuple[float, ...] = (0.4, 0.8, 1.1)
+    modes: tuple[str, ...] = ("equal_to", "at_most", "at_least")
+    controllers: tuple[str, ...] | None = None
     concurrency: int = Field(default=64, ge=1)
     speed: bool = True
     seed: int = 0
@@ -113,10 +115,12 @@ class Evaluation(Section):
         words: list[str] = []
         for name, value in self.model_dump().items():
             flag = "--" + name.replace("_", "-")
+            if value is None:
+                continue
             if isinstance(value, bool):
                 words.append(flag if value else "--no-" + flag[2:])
             elif isinstance(value, tuple):
-                words.append(f"{flag}={','.join(f'{x:g}' for x in value)}")
+                words.append(f"{flag}={','.join(x if isinstance(x, str) else f'{x:g}' for x in value)}")
             else:
                 words.append(f"{flag}={value}")
         return words

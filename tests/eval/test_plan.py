@@ -55,6 +55,19 @@ def test_the_trade_off_has_a_budget_at_60_per_cent_of_the_mean(world):
     assert {r.prompt_id for r in plan if r.experiment == "median"} == {p.id for p in data.problems}
 
 
+def test_modes_and_controllers_can_be_chosen(world):
+    data = read_natural(world.prompts, world.samples)
+    whole = {r.key: r for r in make_plan(data, Sizes())}
+    chosen = make_plan(data, Sizes(modes=("equal_to",), controllers=("posterior",)))
+    assert {r.controller for r in chosen if r.experiment == "equal_to"} == {"base", "posterior"}
+    assert {r.experiment for r in chosen} == {"equal_to", "median", "bias"}
+    assert all(whole[r.key] == r for r in chosen), "leaving something out changes nothing of the rest"
+    with pytest.raises(ValueError, match="unknown controller 'hrad', allowed are base, hard"):
+        Sizes(controllers=("hrad",))
+    with pytest.raises(ValueError, match="equal_to"):
+        Sizes(modes=("equals",))
+
+
 def test_median_is_a_length_that_occurred(world):
     prompt = read_natural(world.prompts, world.samples).prompts[0]
     assert natural_median(prompt) in prompt.lengths

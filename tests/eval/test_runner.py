@@ -87,6 +87,22 @@ def test_requests_sample_as_the_samples_were_drawn(world, fake_server, tmp_path)
     assert parameters["sampling"] == drawn
 
 
+def test_a_part_of_the_evaluation(world, fake_server, tmp_path):
+    words = arguments(
+        world, fake_server.url, tmp_path, "--no-speed", "--modes", "equal_to", "--controllers", "posterior"
+    )
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    results = read_results(tmp_path / "results.json")
+    assert [(r.mode, r.controller) for r in results.control] == [("equal_to", "base"), ("equal_to", "posterior")]
+    assert results.side == []
+    assert results.trade_off is not None
+    assert results.trade_off.budgets == []
+    wrong = CliRunner().invoke(app, [*words, "--controllers", "fast"])
+    assert wrong.exit_code == 2
+    assert "unknown controller 'fast'" in " ".join(wrong.output.split())
+
+
 def test_an_interrupted_run_asks_only_for_what_is_missing(world, fake_server, tmp_path):
     out = tmp_path / "eval"
     fake_server.refuse_after = 100
