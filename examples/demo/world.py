@@ -9,7 +9,8 @@ Two families of prompts:
   of every style are ``Answer: N``, which :func:`grade` checks.
 * ``list``, ``describe``, ``tell``: open tasks. Their answers are short or long by chance and by the prompt's wording.
 
-A third family, ``drill`` (one sum), is seen by the base model in training and never asked later.
+A third family, ``drill`` (one sum, or the steps of a story said again), is seen by the base model in training and never
+asked later.
 
 Everything is drawn from a ``random.Random``: the same seed gives the same text on every machine. The split a prompt
 belongs to is a function of its text alone (:func:`split_of`), so no prompt can be in two splits, however many are drawn
@@ -67,7 +68,7 @@ QUESTIONS = (
     "How many {items} does {name} have in the end?",
 )
 # A hint shifts how often the terse style is used. It never decides it.
-HINTS = {"Be brief.": 0.4, "": 0.22, "Explain.": 0.13}
+HINTS = {"Be brief.": 0.3, "": 0.15, "Explain.": 0.08}
 _HINT_WEIGHTS = (2, 5, 2)
 
 PLACES = (
@@ -166,6 +167,10 @@ class Story:
         return [f"{label} {step.verb} {step.amount}" for label, step in zip(LABELS, self.steps, strict=False)]
 
     @property
+    def told(self) -> str:
+        return f"{self.name} has {self.start} {self.items}. {NAMES[self.name]} {', '.join(self.clauses)}."
+
+    @property
     def totals(self) -> list[int]:
         """Running totals, the starting amount first."""
         totals = [self.start]
@@ -193,8 +198,7 @@ def draw_problem(rng: random.Random) -> Prompt:
     story = draw_story(rng)
     hint = rng.choices(list(HINTS), _HINT_WEIGHTS)[0]
     question = rng.choice(QUESTIONS).format(items=story.items, name=story.name)
-    told = f"{story.name} has {story.start} {story.items}. {NAMES[story.name]} {', '.join(story.clauses)}."
-    text = f"{told} {question} {hint}".rstrip()
+    text = f"{story.told} {question} {hint}".rstrip()
 
     def write(rng: random.Random) -> str:
         return write_terse(rng, story) if rng.random() < HINTS[hint] else write_long(rng, story)
@@ -374,8 +378,11 @@ def _event(rng: random.Random, animal: str) -> str:
 
 
 def draw_drill(rng: random.Random) -> Prompt:
-    """One sum, an exercise for the base model."""
+    """An exercise for the base model: one sum, or copying the steps of a story and nothing else."""
     story = draw_story(rng)
+    if rng.random() < 0.5:
+        said = f"{_sentence(', '.join(story.clauses))}."
+        return Prompt("drill", f"{story.told} What are the steps?", None, lambda _: said)
     step, before, after = story.steps[0], story.totals[0], story.totals[1]
     line = f"{before} {step.op} {step.amount}"
     return Prompt("drill", f"What is {line}?", str(after), lambda _: f"We get {line} = {after}. Answer: {after}")
@@ -390,7 +397,7 @@ _DRAW: dict[str, Callable[[random.Random], Prompt]] = {
     "tell": draw_tell,
     "drill": draw_drill,
 }
-TRAINING_MIX = {"problem": 0.77, "list": 0.06, "describe": 0.05, "tell": 0.05, "drill": 0.07}
+TRAINING_MIX = {"problem": 0.72, "list": 0.06, "describe": 0.05, "tell": 0.05, "drill": 0.12}
 PROMPT_MIX = {"problem": 0.55, "list": 0.15, "describe": 0.15, "tell": 0.15}
 
 

@@ -38,7 +38,7 @@ def test_same_seed_same_text() -> None:
 
 def test_the_text_of_seed_0_is_the_same_on_every_machine() -> None:
     corpus = "".join(prompt.text + answer for prompt, answer in world.draw_corpus(0, 200))
-    assert hashlib.sha256(corpus.encode()).hexdigest()[:16] == "78b5ba286e13aef6"
+    assert hashlib.sha256(corpus.encode()).hexdigest()[:16] == "9e78209d52eb2eb0"
 
 
 def test_splits_are_disjoint() -> None:
@@ -83,7 +83,7 @@ def test_every_answer_to_a_problem_is_right(problems: list[world.Prompt]) -> Non
 def test_every_style_occurs(problems: list[world.Prompt]) -> None:
     rng = random.Random(2)
     texts = [prompt.write(rng) for prompt in problems]
-    assert 0.2 < statistics.mean(text.startswith("First ") for text in texts) < 0.5
+    assert 0.1 < statistics.mean(text.startswith("First ") for text in texts) < 0.35
     assert any("Wait" in text and "therefore" in text for text in texts)
     assert any("Hmm" in text for text in texts)
 
