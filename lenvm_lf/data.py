@@ -110,7 +110,7 @@ def split_by_prompt(dataset: Any, val_size: float, seed: int) -> tuple[Any, Any]
 def foreign_prompts(dataset: Any, tokenizer: Any, most: int = 64) -> tuple[int, int]:
     """How many of the first `most` different prompts this tokenizer cuts into other tokens than the rows have.
 
-    The text of a prompt comes from its own ids, so a difference means that another tokenizer wrote them, or that another
+    The text of a prompt comes from its own ids, so a difference means that another tokenizer wrote them, or another
     version of transformers reads the same files differently.
 
     Returns:

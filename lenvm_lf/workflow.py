@@ -152,7 +152,7 @@ def load_datasets(
         differing, seen = foreign_prompts(train_set, tokenizer_module["tokenizer"])
         if differing:
             logger.warning(
-                "%d of the first %d prompts are cut into other tokens by the tokenizer of %s than they are in the data. "
+                "%d of the first %d prompts are cut into other tokens by the tokenizer of %s than in the data. "
                 "If they were sampled from another model, or the server's version of transformers reads the tokenizer "
                 "differently, the length value model learns tokens that the served one does not see.",
                 differing,

@@ -80,15 +80,19 @@ class SharedPrefixBackend:
         self.token_to_kv_pool = kv_pool
         self.req_to_token_pool = request_pool
         self.layout: CandidateLayout | None = None
+        self.fed: Tensor | None = None
 
-    def prepare(self, pool_rows: Tensor, prefix_lengths: Tensor, longest: int, width: int) -> None:
-        """Set the rows of the next forward."""
+    def prepare(
+        self, pool_rows: Tensor, prefix_lengths: Tensor, longest: int, width: int, fed: Tensor | None = None
+    ) -> None:
+        """Set the rows of the next forward; `fed` [N] says which of the R x K candidates it is given (default all)."""
         table = self.req_to_token_pool.req_to_token
         self.layout = CandidateLayout.build(table, pool_rows, prefix_lengths, longest, width)
+        self.fed = fed
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True,
                 **_: Any) -> Tensor:  # fmt: skip
-        """Called by the host's attention layer; q, k, v are flat, [R * K, heads * D]."""
+        """Called by the host's attention layer; q, k, v are flat, [R * K, heads * D] or [N, heads * D]."""
         assert self.layout is not None, "prepare() comes first"
         from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
@@ -96,9 +100,9 @@ class SharedPrefixBackend:
         key = k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim)
         value = v.reshape(-1, layer.tp_v_head_num, layer.v_head_dim)
         out = attend(
-            query,
-            key,
-            value,
+            self._all(query),
+            self._all(key),
+            self._all(value),
             self.layout,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
@@ -106,4 +110,13 @@ class SharedPrefixBackend:
         )
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), key, value)
+        if self.fed is not None:
+            out = out[self.fed]
         return out.reshape(out.shape[0], -1)
+
+    def _all(self, x: Tensor) -> Tensor:
+        """[N, H, D] -> [R * K, H, D]; what stands in for the others is seen by nobody else."""
+        if self.fed is None or self.layout is None:
+            return x
+        rows, _, width, _ = self.layout.mask.shape
+        return x.new_zeros(rows * width, *x.shape[1:]).index_copy_(0, self.fed, x)

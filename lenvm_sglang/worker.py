@@ -220,16 +220,23 @@ class ValueWorker:
         return self.runner.model.scores(hidden[last])
 
     def score(self, slots: Tensor, sequence_lengths: Tensor, longest: int, candidates: Candidates) -> Scores:
-        """Scores of the states after each candidate, from one forward of R x K rows; their KV stays in scratch.
+        """Scores of the states after each candidate, from one forward; their KV stays in scratch.
+
+        On the CPU, where asking which slots hold a candidate waits for nobody, only those are fed; elsewhere all.
 
         Args:
             slots: [R] int64 rows of the host's request pool.
             sequence_lengths: [R] tokens read so far.
             longest: the largest of them, on the host.
             candidates: [R, K'] with K' <= K.
+
+        Returns:
+            Scores [R, K']; zeros in slots that were not fed.
         """
         rows, width = candidates.token_ids.shape
         self.scored_rows += rows
+        if self.virtual is None and slots.device.type == "cpu":
+            return self._score_kept(slots, sequence_lengths, longest, candidates)
         step = rows if self.virtual is None else VIRTUAL_ROWS // width
         parts = [
             self._score_part(
@@ -241,6 +248,22 @@ class ValueWorker:
             return parts[0]
         log_q = [p.length_log_q for p in parts if p.length_log_q is not None]
         return Scores(torch.cat([p.z for p in parts]), torch.cat(log_q) if log_q else None)
+
+    def _score_kept(self, slots: Tensor, sequence_lengths: Tensor, longest: int, candidates: Candidates) -> Scores:
+        rows, width = candidates.token_ids.shape
+        kept = candidates.kept
+        kept[:, 0] = True  # a row whose logits hold NaN has no candidate, and is fed one all the same
+        fed = kept.flatten().nonzero()[:, 0]
+        scratch = self.scratch + slots[:, None] * self.width + self.slot_of_candidate[:width]
+        positions = sequence_lengths.long()[:, None].expand(rows, width)
+        batch = decode_batch(*(x.reshape(-1)[fed] for x in (candidates.token_ids, positions, scratch)))
+        self.candidates.prepare(slots, sequence_lengths, longest, width, fed)
+        scores = self.runner.model.scores(self._forward(batch, self.candidates))
+
+        def spread(x: Tensor) -> Tensor:
+            return x.new_zeros(rows * width, *x.shape[1:]).index_copy_(0, fed, x).view(rows, width, *x.shape[1:])
+
+        return Scores(spread(scores.z), None if scores.length_log_q is None else spread(scores.length_log_q))
 
     def _score_part(self, slots: Tensor, sequence_lengths: Tensor, longest: int, token_ids: Tensor) -> Scores:
         rows, width = token_ids.shape

@@ -166,6 +166,22 @@ def test_accumulation_does_not_change_the_step(world: Any, batch: int) -> None:
         assert world.steps(split, key) == pytest.approx(world.steps(whole, key), rel=2e-5), key
 
 
+def test_grouped_batches_come_in_random_order() -> None:
+    """Each batch is of similar lengths, but nothing leads from long to short: the length is what is learned."""
+    from lenvm_lf.trainer import ShuffledLengthGroups
+
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 400, (1605,)).tolist()
+    order = list(ShuffledLengthGroups(16, lengths=lengths))
+    assert sorted(order) == list(range(1605))
+    batches = [[lengths[i] for i in order[k : k + 16]] for k in range(0, 1605, 16)]
+    means = np.array([np.mean(batch) for batch in batches])
+    assert np.mean([np.ptp(batch) for batch in batches[:-1]]) < 40, "little padding"
+    drift = np.corrcoef(means, np.arange(len(means)))[0, 1]
+    assert abs(drift) < 0.3, drift
+    assert abs(means[-25:].mean() - means.mean()) < 60
+
+
 @pytest.mark.slow
 def test_resume_goes_on_digit_for_digit(world: Any) -> None:
     through = world.fit(world.root / "through", save_steps=3, max_steps=6, train_sampling_strategy="group_by_length")

@@ -14,7 +14,7 @@ import torch
 from lenvm.guidance import Control, Mode
 from lenvm.request import LengthFieldError, LengthRequest
 from lenvm_sglang.admission import admit, draw_seed, number_samples, state_of
-from lenvm_sglang.attention import CandidateLayout, attend
+from lenvm_sglang.attention import CandidateLayout, SharedPrefixBackend, attend
 from lenvm_sglang.middleware import CHAT, COMPLETIONS, GENERATE, LengthFieldsMiddleware, annotate, lift_fields
 from lenvm_sglang.outputs import HostLengthOutput
 from lenvm_sglang.responses import collected
@@ -60,6 +60,35 @@ def test_candidate_attention_is_that_of_separate_sequences() -> None:
             values = torch.cat([v_cache[prefix, kv], v[i : i + 1, kv]])
             expected = torch.softmax(keys @ q[i, head] * 0.3, 0) @ values
             torch.testing.assert_close(out[i, head], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_feeding_some_candidates_gives_them_what_feeding_all_does() -> None:
+    torch.manual_seed(1)
+    rows, width, heads, dim = 3, 4, 2, 8
+    cache = torch.randn(2, 60, heads, dim)
+    written: list[Any] = []
+    pool = SimpleNamespace(
+        get_key_buffer=lambda _: cache[0],
+        get_value_buffer=lambda _: cache[1],
+        set_kv_buffer=lambda layer, where, key, value: written.append((where.loc, key, value)),
+    )
+    table = torch.randperm(40).view(4, 10)
+    backend = SharedPrefixBackend(pool, SimpleNamespace(req_to_token=table))
+    layer = SimpleNamespace(
+        tp_q_head_num=heads, tp_k_head_num=heads, tp_v_head_num=heads, qk_head_dim=dim, v_head_dim=dim, layer_id=0,
+        scaling=0.5,
+    )  # fmt: skip
+    q, k, v = torch.randn(3, rows * width, heads * dim)
+    slots = torch.arange(rows * width) + 45
+    where = torch.tensor([3, 0, 2]), torch.tensor([6, 10, 1]), 10, width
+    backend.prepare(*where)
+    everything = backend.forward(q, k, v, layer, SimpleNamespace(out_cache_loc=slots))
+    fed = torch.tensor([0, 2, 3, 4, 8, 11])
+    backend.prepare(*where, fed)
+    some = backend.forward(q[fed], k[fed], v[fed], layer, SimpleNamespace(out_cache_loc=slots[fed]))
+    torch.testing.assert_close(some, everything[fed], rtol=1e-5, atol=1e-6)
+    assert written[1][0].tolist() == slots[fed].tolist()
+    assert torch.equal(written[1][1].flatten(1), k[fed])
 
 
 def test_row_table_gives_back_what_was_written_and_counts_from_the_sequence() -> None:
