@@ -20,7 +20,6 @@ from torch.nn import functional as F
 __all__ = [
     "decay_nats",
     "discounted_return",
-    "gae_returns",
     "gamma_from_lengths",
     "length_from_logit",
     "logit_from_length",
@@ -122,24 +121,3 @@ def td_residual(values: Tensor, gamma: float) -> Tensor:
     """
     after = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], dim=-1)
     return gamma * after - values - (1.0 - gamma)
-
-
-def gae_returns(values: Tensor, gamma: float, lam: float) -> Tensor:
-    """GAE(lambda) targets along one finished completion: V(s_t) + sum_k (gamma lambda)^k delta_{t+k}, section 2.3.
-
-    lambda = 1 is the closed form -(1 - gamma^(L-t)) whatever the values are; lambda = 0 is the one-step target.
-
-    Args:
-        values: [..., L] V(s_0) .. V(s_{L-1}), treated as constants.
-        gamma: discount per token.
-        lam: lambda in [0, 1].
-
-    Returns:
-        [..., L] targets.
-    """
-    delta = td_residual(values, gamma)
-    length = delta.shape[-1]
-    lag = torch.arange(length, device=delta.device)
-    power = (lag[None, :] - lag[:, None]).clamp(min=0).to(delta.dtype)
-    decay = torch.triu(torch.pow(torch.as_tensor(gamma * lam, dtype=delta.dtype, device=delta.device), power))
-    return values + torch.einsum("tk,...k->...t", decay, delta)

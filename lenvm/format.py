@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lenvm.bins import LengthBins
+from lenvm.targets import Representation, ValueSpace
 
 FORMAT_VERSION = 1
 ARCHITECTURE_SUFFIX = "ForLengthValue"
@@ -41,6 +42,17 @@ class Spread(BaseModel):
         return self
 
 
+class AblationTarget(BaseModel):
+    """What the value logit was trained on where it is not the discounted return (`lenvm.targets`).
+
+    Only checkpoints of such a comparison carry it; nothing but training, evaluation and export reads them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    representation: Representation
+    longest: int | None = Field(default=None, ge=1)
+
+
 class LenvmConfig(BaseModel):
     """The `lenvm` block. Frozen; unknown keys are refused, so that a newer format is never read by halves."""
 
@@ -51,6 +63,7 @@ class LenvmConfig(BaseModel):
     bins: tuple[int, ...] = ()
     base_model: str = ""
     spread: Spread | None = None
+    target: AblationTarget | None = None
 
     @field_validator("format")
     @classmethod
@@ -67,7 +80,17 @@ class LenvmConfig(BaseModel):
             raise ValueError("bins and the length head go together: give both or neither")
         if self.bins:
             LengthBins(self.bins)
+        if self.target is not None and self.target.representation == "return":
+            raise ValueError("target is left out where it is the discounted return")
+        _ = self.value_space
         return self
+
+    @property
+    def value_space(self) -> ValueSpace:
+        """What the value logit stands for."""
+        if self.target is None:
+            return ValueSpace(self.gamma)
+        return ValueSpace(self.gamma, self.target.representation, self.target.longest)
 
     @property
     def has_length_head(self) -> bool:
@@ -111,11 +134,25 @@ class LenvmConfig(BaseModel):
             raise LenvmFormatError(f"the `lenvm` block of {where} is not valid: {problems}.") from None
 
 
-def read_lenvm_config(directory: str | Path) -> LenvmConfig:
-    """The `lenvm` block of a checkpoint directory.
+def refuse_ablation(lenvm: LenvmConfig, where: str) -> LenvmConfig:
+    """The block itself, for everything that reads values as discounted returns.
 
     Raises:
-        LenvmFormatError: if there is no directory, no config.json or no valid block.
+        LenvmFormatError: if its value logit stands for something else.
+    """
+    if lenvm.target is not None:
+        raise LenvmFormatError(
+            f"{where} was trained with `lenvm_target: {lenvm.target.representation}`, a comparison that only "
+            "`stage: lenvm` reads; serve and load a checkpoint trained with the default `return`."
+        )
+    return lenvm
+
+
+def read_lenvm_config(directory: str | Path) -> LenvmConfig:
+    """The `lenvm` block of a checkpoint directory whose values are discounted returns.
+
+    Raises:
+        LenvmFormatError: if there is no directory, no config.json or no valid block, or the block is an ablation's.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -123,7 +160,7 @@ def read_lenvm_config(directory: str | Path) -> LenvmConfig:
             f"{directory} is not a length value model: there is no {path}. Give the directory that training wrote."
         )
     config = json.loads(path.read_text(encoding="utf-8"))
-    return LenvmConfig.parse(config.get("lenvm"), str(directory))
+    return refuse_ablation(LenvmConfig.parse(config.get("lenvm"), str(directory)), str(directory))
 
 
 def write_lenvm_config(directory: str | Path, lenvm: LenvmConfig) -> None:

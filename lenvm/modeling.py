@@ -26,8 +26,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from lenvm.bins import LengthBins
-from lenvm.definitions import length_from_logit
-from lenvm.format import ARCHITECTURE_SUFFIX, LenvmConfig, LenvmFormatError, read_lenvm_config
+from lenvm.format import ARCHITECTURE_SUFFIX, LenvmConfig, LenvmFormatError, read_lenvm_config, refuse_ablation
 from lenvm.heads import LengthHead, MLPHead, ValueHead
 
 HEAD_NAMES = ("value_head", "length_head")
@@ -92,7 +91,8 @@ class LengthValueModel(nn.Module):
             config = AutoConfig.from_pretrained(
                 pretrained_model_name_or_path, trust_remote_code=kwargs.get("trust_remote_code", False)
             )
-        LenvmConfig.parse(getattr(config, "lenvm", None), str(pretrained_model_name_or_path))
+        where = str(pretrained_model_name_or_path)
+        refuse_ablation(LenvmConfig.parse(getattr(config, "lenvm", None), where), where)
         concrete = value_class(backbone_class(config))
         named = config.architectures or []
         if concrete.__name__ not in named:
@@ -148,7 +148,7 @@ class LengthValueModel(nn.Module):
         or the inverted value (Eq. 5) for a value-only checkpoint."""
         if output.length_logits is not None:
             return self.lenvm.length_bins.expected(torch.log_softmax(output.length_logits, -1))
-        return length_from_logit(cast(Tensor, output.z), self.lenvm.gamma)
+        return self.lenvm.value_space.length(cast(Tensor, output.z))
 
     @property
     def bins(self) -> LengthBins:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 HEADS = (("value",), ("value", "length"))
-CENSORED = ("one_sided", "drop")
+CENSORED = ("one_sided", "bootstrap", "drop")
+TARGETS = ("return", "length", "normalized_length", "log_length")
+WEIGHTINGS = ("token", "trajectory")
+BATCHES = ("shuffled", "by_prompt")
 
 
 def parse_gamma(value: Any) -> float | None:
@@ -45,19 +49,35 @@ def parse_heads(value: Any) -> tuple[str, ...] | None:
     return heads
 
 
-def parse_length_weight(value: Any) -> float:
-    """`lenvm_length_weight`.
+def parse_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> float:
+    """A number of the YAML file.
+
+    Args:
+        name: the key.
+        value: what was read.
+        allowed: says what fits, for the message.
+        fits: whether a number does.
 
     Raises:
-        ValueError: if it is not a finite number >= 0.
+        ValueError: if it is no number or does not fit.
     """
     try:
-        weight = float(value) if not isinstance(value, bool) else -1.0
+        number = float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError):
-        weight = -1.0
-    if not 0.0 <= weight < float("inf"):
-        raise ValueError(f"`lenvm_length_weight` must be a finite number, 0 or more, got {value!r}.")
-    return weight
+        number = math.nan
+    if not fits(number):
+        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+    return number
+
+
+def parse_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Check a key that takes one of a few words.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def make_finetuning_arguments(base: Any) -> Any:
@@ -81,20 +101,58 @@ def make_finetuning_arguments(base: Any) -> Any:
         )
         lenvm_censored: str = field(
             default="one_sided",
-            metadata={"help": "Completions cut by max_tokens: one_sided (the least they can be) or drop."},
+            metadata={"help": "Completions cut by max_tokens: one_sided, bootstrap (from the model's value) or drop."},
         )
         lenvm_max_length: int | None = field(
             default=None,
             metadata={"help": "Last bin of the length distribution in tokens (default: longest training completion)."},
+        )
+        lenvm_target: str = field(
+            default="return",
+            metadata={
+                "help": "What the value head predicts: return, or for comparison length, normalized_length, log_length."
+            },
+        )
+        lenvm_lambda: float = field(
+            default=1.0, metadata={"help": "Lambda of GAE's targets in [0, 1]; 1 is the exact return."}
+        )
+        lenvm_weighting: str = field(
+            default="token", metadata={"help": "Mean over tokens (token) or over completions (trajectory)."}
+        )
+        lenvm_huber: float | None = field(
+            default=None, metadata={"help": "Threshold of Huber's loss on the value (default: squared error)."}
+        )
+        lenvm_batches: str = field(
+            default="shuffled", metadata={"help": "shuffled, or by_prompt: the completions of a prompt together."}
         )
 
         def __post_init__(self) -> None:
             super().__post_init__()
             self.lenvm_gamma_value = parse_gamma(self.lenvm_gamma)
             self.lenvm_head_names = parse_heads(self.lenvm_heads)
-            self.lenvm_length_weight = parse_length_weight(self.lenvm_length_weight)
-            if self.lenvm_censored not in CENSORED:
-                raise ValueError(f"`lenvm_censored` must be one of {', '.join(CENSORED)}, got {self.lenvm_censored!r}.")
+            self.lenvm_length_weight = parse_number(
+                "lenvm_length_weight",
+                self.lenvm_length_weight,
+                "a finite number, 0 or more",
+                lambda x: 0 <= x < math.inf,
+            )
+            self.lenvm_lambda = parse_number(
+                "lenvm_lambda", self.lenvm_lambda, "a number from 0 to 1", lambda x: 0 <= x <= 1
+            )
+            if self.lenvm_huber is not None:
+                self.lenvm_huber = parse_number(
+                    "lenvm_huber", self.lenvm_huber, "a finite number above 0", lambda x: 0 < x < math.inf
+                )
+            parse_choice("lenvm_censored", self.lenvm_censored, CENSORED)
+            parse_choice("lenvm_target", self.lenvm_target, TARGETS)
+            parse_choice("lenvm_weighting", self.lenvm_weighting, WEIGHTINGS)
+            parse_choice("lenvm_batches", self.lenvm_batches, BATCHES)
+            if self.lenvm_target != "return" and (self.lenvm_lambda < 1 or self.lenvm_censored == "bootstrap"):
+                key = "lenvm_lambda" if self.lenvm_lambda < 1 else "lenvm_censored: bootstrap"
+                raise ValueError(
+                    f"`{key}` bootstraps with G_t = r + gamma G_{{t+1}}, which only the discounted return obeys, but "
+                    f"`lenvm_target` is {self.lenvm_target!r}; remove one of the two."
+                )
             longest = self.lenvm_max_length
             if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 2):
                 raise ValueError(f"`lenvm_max_length` must be a whole number of tokens, 2 or more, got {longest!r}.")
@@ -117,6 +175,11 @@ LENVM_DEFAULTS: dict[str, Any] = {
     "lenvm_length_weight": 0.1,
     "lenvm_censored": "one_sided",
     "lenvm_max_length": None,
+    "lenvm_target": "return",
+    "lenvm_lambda": 1.0,
+    "lenvm_weighting": "token",
+    "lenvm_huber": None,
+    "lenvm_batches": "shuffled",
 }
 
 
@@ -188,7 +251,14 @@ def _refused(model: Any, data: Any, train: Any, tune: Any) -> list[Rule]:
         ),
     ]
     if train is not None:
+        by_length = getattr(train, "train_sampling_strategy", "random") != "random"
         rules += [
+            (
+                tune.lenvm_batches == "by_prompt" and (by_length or tune.disable_shuffling),
+                "lenvm_batches: by_prompt` with `" + ("train_sampling_strategy" if by_length else "disable_shuffling"),
+                "both decide the order of the rows",
+                "remove one of the two",
+            ),
             (
                 train.label_smoothing_factor,
                 "label_smoothing_factor",

@@ -88,6 +88,19 @@ def agree(stored: LenvmConfig, where: str, finetuning_args: Any) -> None:
             f"`lenvm_heads` is {','.join(heads)!r}, but {where} has {','.join(stored.heads)!r}; "
             "remove the key, or start from a base model."
         )
+    target, given = stored.value_space.representation, finetuning_args.lenvm_target
+    if given not in (target, "return"):  # the default is what a YAML file without the key says
+        raise ValueError(
+            f"`lenvm_target` is {given!r}, but {where} was trained with {target!r}; "
+            "remove the key, or start from a base model."
+        )
+    if finetuning_args.lenvm_target != target and (
+        finetuning_args.lenvm_lambda < 1 or finetuning_args.lenvm_censored == "bootstrap"
+    ):
+        raise ValueError(
+            f"bootstrapped targets (`lenvm_lambda` below 1, `lenvm_censored: bootstrap`) need the discounted return, "
+            f"but {where} was trained with {target!r}; remove the key, or start from a base model."
+        )
     longest = finetuning_args.lenvm_max_length
     if longest is not None and stored.bins and longest != stored.bins[-1]:
         raise ValueError(

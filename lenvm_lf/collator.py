@@ -35,7 +35,8 @@ class DenseReturnCollator:
 
         Returns:
             input_ids [B, T] int64; attention_mask [B, T] int64; labels [B, T] int64, the remaining length at a target
-            position (for a censored row the least it can be) and -100 elsewhere; censored [B, T] bool.
+            position (for a censored row the least it can be) and -100 elsewhere; censored [B, T] bool; prompt [B]
+            int64, equal for completions of the same prompt.
         """
         longest = max(len(row["input_ids"]) for row in rows)
         width = -(-longest // self.multiple_of) * self.multiple_of
@@ -56,4 +57,5 @@ class DenseReturnCollator:
             "attention_mask": torch.from_numpy(attention_mask),
             "labels": torch.from_numpy(labels),
             "censored": torch.from_numpy(censored),
+            "prompt": torch.tensor([row["prompt_hash"] for row in rows], dtype=torch.int64),
         }

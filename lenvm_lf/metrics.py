@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lenvm.definitions import length_from_logit
 from lenvm.format import LenvmConfig
 from lenvm.modeling import LengthValueOutput
-from lenvm.objective import length_nll_sum, value_loss_sum
+from lenvm.objective import length_nlls, value_losses
 from lenvm_lf.collator import IGNORE
+from lenvm_lf.summary import Array, boundary_errors, calibration, calibration_error
 
 POSITIONS = (0, 25, 50, 75)
 """Relative positions t / L in % at which the error of the predicted length is reported (the paper's Figure 6)."""
 TOKEN_CHANNELS = ("remaining", "z", "expected")
-ROW_CHANNELS = ("censored", "value_loss", "length_nll", "p50", "p90")
+QUANTILES = (0.1, 0.5, 0.9)
+QUANTILE_NAMES = tuple(f"p{round(100 * p)}" for p in QUANTILES)
+ROW_CHANNELS = ("censored", "value_loss", "length_nll", *QUANTILE_NAMES)
 
 
 @torch.no_grad()
@@ -34,25 +36,24 @@ def batch_statistics(
 
     Returns:
         tokens [B, T, 3] float32, channels TOKEN_CHANNELS (remaining is -100 off target, expected NaN without a length
-        head); rows [B, 5] float32, channels ROW_CHANNELS (sums over the row's targets; quantiles at t = 0).
+        head); rows [B, 6] float32, channels ROW_CHANNELS (sums over the row's targets; quantiles at t = 0).
     """
     assert output.z is not None
     mask = labels != IGNORE
     first = mask.int().argmax(-1)
     expected = torch.full_like(output.z, float("nan"))
-    quantiles = torch.full((len(labels), 2), float("nan"), device=labels.device)
+    quantiles = torch.full((len(labels), len(QUANTILES)), float("nan"), device=labels.device)
     if output.length_logits is not None:
         log_q = torch.log_softmax(output.length_logits.float(), -1)
         expected = lenvm.length_bins.expected(log_q)
         start = log_q[torch.arange(len(labels), device=labels.device), first]
-        quantiles = torch.stack([lenvm.length_bins.quantile(start, p) for p in (0.5, 0.9)], -1).float()
-    value = torch.zeros(len(labels), device=labels.device)
-    nll = torch.zeros_like(value)
-    for i in range(len(labels)):
-        m = mask[i]
-        value[i] = value_loss_sum(output.z[i][m], labels[i][m], censored[i][m], lenvm.gamma)
-        if output.length_logits is not None:
-            nll[i] = length_nll_sum(output.length_logits[i][m], labels[i][m], censored[i][m], lenvm.length_bins)
+        quantiles = torch.stack([lenvm.length_bins.quantile(start, p) for p in QUANTILES], -1).float()
+    value, nll = torch.zeros(2, len(labels), device=labels.device)
+    row = mask.nonzero()[:, 0]
+    n, cut_states = labels[mask], censored[mask]
+    value.index_add_(0, row, value_losses(output.z[mask], n, cut_states, lenvm.value_space))
+    if output.length_logits is not None:
+        nll.index_add_(0, row, length_nlls(output.length_logits[mask], n, cut_states, lenvm.length_bins))
     tokens = torch.stack([labels.float(), output.z.float(), expected], -1)
     cut = (censored & mask).any(-1).float()
     rows = torch.cat([torch.stack([cut, value, nll], -1), quantiles], -1)
@@ -75,19 +76,21 @@ class LengthMetrics:
     def reset(self) -> None:
         """Forget everything seen."""
         self._sums: dict[str, float] = {}
-        self.predicted: list[np.ndarray[Any, Any]] = []
-        self.true: list[np.ndarray[Any, Any]] = []
+        self.predicted: list[Array] = []
+        self.expected: list[Array] = []
+        self.true: list[Array] = []
         self.first_states: list[dict[str, Any]] = []
 
     def _add(self, name: str, value: Any) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
-    def update(self, tokens: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
-        """Add a batch: tokens [B, T, 3], rows [B, 5] as `batch_statistics` makes them."""
+    def update(self, tokens: Array, rows: Array, prompts: Array) -> None:
+        """Add a batch: tokens [B, T, 3], rows [B, 6] as `batch_statistics` makes them; prompts [B] int64 hashes, equal
+        for samples of one prompt."""
         z = torch.from_numpy(tokens[..., 1]).double()
-        n_hat = length_from_logit(z, self.lenvm.gamma).numpy()
-        short = torch.sigmoid(-z).numpy()  # 1 + V
-        decay = -math.log(self.lenvm.gamma)
+        space = self.lenvm.value_space
+        n_hat = space.length(z).numpy()
+        shortfall = space.shortfall(z, torch.from_numpy(tokens[..., 0]).double().clamp(min=1)).numpy()
         has_length = self.lenvm.has_length_head
         for i in range(len(tokens)):
             n = tokens[i, :, 0].astype(np.float64)
@@ -104,12 +107,14 @@ class LengthMetrics:
             self._add("rows", 1)
             self.first_states.append(
                 {
+                    "prompt": f"{int(prompts[i]) & 0xFFFFFFFFFFFFFFFF:016x}",
                     "completion_length": int(total),
                     "censored": bool(row["censored"]),
                     "value_length": round(float(predicted[0]), 3),
                 }
                 | (
-                    {"expected_length": round(float(expected[0]), 3), "p50": int(row["p50"]), "p90": int(row["p90"])}
+                    {"expected_length": round(float(expected[0]), 3)}
+                    | {name: int(row[name]) for name in QUANTILE_NAMES}
                     if has_length
                     else {}
                 )
@@ -117,7 +122,7 @@ class LengthMetrics:
             if row["censored"]:
                 self._add("censored_targets", len(n))
                 continue
-            error = short[i][mask] - np.exp(-n * decay)  # V - G without cancellation
+            error = shortfall[i][mask]  # V - G
             self._add("finished_targets", len(n))
             self._add("finished_rows", 1)
             self._add("value_se", np.square(error).sum())
@@ -135,8 +140,9 @@ class LengthMetrics:
             if has_length:
                 self._add("expected_ae", np.abs(expected - n).sum())
                 self._add("expected_bias", expected[0] - total)
-                self._add("covered_p50", total <= row["p50"])
-                self._add("covered_p90", total <= row["p90"])
+                for name in QUANTILE_NAMES:
+                    self._add(f"covered_{name}", total <= row[name])
+                self.expected.append(expected.astype(np.float32))
             self.predicted.append(predicted.astype(np.float32))
             self.true.append(n.astype(np.float32))
 
@@ -162,9 +168,19 @@ class LengthMetrics:
                 "length_nll": length_nll,
                 "expected_length_mae": ratio("expected_ae", "finished_targets"),
                 "expected_length_bias": ratio("expected_bias", "total"),
-                "coverage_p50": ratio("covered_p50", "finished_rows"),
-                "coverage_p90": ratio("covered_p90", "finished_rows"),
             }
+            out |= {f"coverage_{name}": ratio(f"covered_{name}", "finished_rows") for name in QUANTILE_NAMES}
             out |= {f"expected_length_mae_{p}": ratio(f"expected_ae_{p}", f"rows_{p}") for p in POSITIONS}
+        out |= boundary_errors(self.first_states, self.lenvm.gamma)
+        out |= {f"{name}_calibration_error": calibration_error(part) for name, part in self.calibration().items()}
         out = {name: value for name, value in out.items() if not math.isnan(value)}  # nothing finished: nothing to say
         return out | {"targets": int(s.get("targets", 0)), "censored_targets": int(s.get("censored_targets", 0))}
+
+    def calibration(self) -> dict[str, list[dict[str, float]]]:
+        """Deciles (`lenvm_lf.summary.calibration`) of n_hat (`value`) and of E[n] (`expected`) over all finished states
+        seen; empty without any."""
+        if not self.true:
+            return {}
+        true = np.concatenate(self.true)
+        found = {"value": self.predicted, "expected": self.expected}
+        return {name: calibration(np.concatenate(parts), true) for name, parts in found.items() if parts}

@@ -1,4 +1,4 @@
-"""The trainer of the stage: Eq. 9 on the value, weighted cross-entropy on the length distribution."""
+"""The trainer of the stage: the objective over the whole optimizer step, streamed evaluation, what is saved beside."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from llamafactory.train.callbacks import SaveProcessorCallback
 from llamafactory.train.trainer_utils import create_custom_optimizer, create_custom_scheduler
@@ -17,12 +19,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lenvm.format import LenvmConfig
 from lenvm.lognormal import fit_spread
-from lenvm.objective import length_nll_sum, value_loss_sum
+from lenvm.objective import Objective
 from lenvm_lf.checkpoint import write_adapter_block, write_block
 from lenvm_lf.collator import IGNORE
 from lenvm_lf.metrics import LengthMetrics, batch_statistics
+from lenvm_lf.samplers import PromptSampler
 
 PREDICTIONS_FILE = "predictions.jsonl"
+CALIBRATION_FILE = "calibration.json"
 
 
 class ShuffledLengthGroups(LengthGroupedSampler):
@@ -46,7 +50,8 @@ class LengthValueTrainer(Trainer):
 
         sum over target tokens [(V - G)^2 + length_weight * -log q(n)] / number of target tokens,
 
-    where both sums run over all ranks and accumulation steps of the optimizer step (Eq. 9). Both parts are logged.
+    where both sums run over all ranks and accumulation steps of the optimizer step (Eq. 9); `lenvm.objective` has its
+    variants. Both parts are logged.
 
     Args:
         lenvm: the model's block.
@@ -61,10 +66,19 @@ class LengthValueTrainer(Trainer):
         # transformers then counts `labels != -100` over the whole optimizer step and does not rescale our loss
         self.model_accepts_loss_kwargs = True
         self.length_weight = finetuning_args.lenvm_length_weight if lenvm.has_length_head else 0.0
+        self.objective = Objective(
+            space=lenvm.value_space,
+            bins=lenvm.length_bins if lenvm.has_length_head else None,
+            lam=finetuning_args.lenvm_lambda,
+            bootstrap=finetuning_args.lenvm_censored == "bootstrap",
+            weighting=finetuning_args.lenvm_weighting,
+            huber=finetuning_args.lenvm_huber,
+        )
         self.metrics_of = LengthMetrics(lenvm, self.length_weight)
         self._parts: Tensor | None = None  # [value, length] loss, summed over the steps since the last log
         self._last_logged_step = 0
         self.keep_states = False  # collect what `store_spread` fits, over the evaluations to come
+        self._calibration: dict[str, Any] = {}  # deciles of the latest evaluation under each prefix
         self._states: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         if processor is not None:
             self.add_callback(SaveProcessorCallback(processor))
@@ -81,6 +95,8 @@ class LengthValueTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if self.finetuning_args.disable_shuffling:
             return torch.utils.data.SequentialSampler(self.train_dataset)
+        if self.finetuning_args.lenvm_batches == "by_prompt":
+            return PromptSampler(list(self.train_dataset["prompt_hash"]), self.args.seed)
         if self.args.train_sampling_strategy == "group_by_length":
             # with a list of lengths: transformers would look each one up in the Arrow file, 0.1 ms a row
             batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
@@ -91,6 +107,12 @@ class LengthValueTrainer(Trainer):
         # the workflow sorted the set by length; transformers' grouping would draw from the global random state
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """What the step's sum is divided by; transformers gathers it over all ranks and accumulation steps."""
+        counted = [self.objective.counted(batch["labels"] != IGNORE) for batch in batch_samples]
+        as_labels = [{"labels": torch.where(part, 0, IGNORE)} for part in counted]
+        return super()._get_num_items_in_batch(as_labels, device)
+
     def compute_loss(
         self,
         model: Any,
@@ -100,17 +122,14 @@ class LengthValueTrainer(Trainer):
     ) -> Any:
         """This micro-batch's share of the step's loss, scaled so that the average over ranks is Eq. 9."""
         inputs = dict(inputs)
-        labels, censored = inputs.pop("labels"), inputs.pop("censored")
+        labels, censored, _ = inputs.pop("labels"), inputs.pop("censored"), inputs.pop("prompt")
         output = model(**inputs)
         mask = labels != IGNORE
-        remaining, cut = labels[mask], censored[mask]
-        value = value_loss_sum(output.z[mask], remaining, cut, self.lenvm.gamma)
-        length = value.new_zeros(())
-        if output.length_logits is not None and self.length_weight:
-            length = length_nll_sum(output.length_logits[mask], remaining, cut, self.lenvm.length_bins)
-        elif output.length_logits is not None:  # weight 0: keep the head in the graph, as DDP and ZeRO expect
-            length = output.length_logits.sum() * 0.0
-        count = mask.sum() if num_items_in_batch is None else num_items_in_batch
+        logits = output.length_logits if self.length_weight else None
+        value, length = self.objective.sums(output.z, logits, labels, mask, censored)
+        if output.length_logits is not None and logits is None:
+            length = output.length_logits.sum() * 0.0  # weight 0: keep the head in the graph, as DDP and ZeRO expect
+        count = self.objective.counted(mask).sum() if num_items_in_batch is None else num_items_in_batch
         ranks = self.accelerator.num_processes if num_items_in_batch is not None else 1
         scale = ranks / torch.as_tensor(count, device=value.device, dtype=torch.float32).clamp(min=1)
         if model.training:
@@ -138,13 +157,14 @@ class LengthValueTrainer(Trainer):
     ) -> tuple[None, None, None]:
         """Streams the batch into the metrics; nothing of the size of the evaluation set is kept."""
         inputs = self._prepare_inputs(inputs)
-        labels, censored = inputs.pop("labels"), inputs.pop("censored")
+        labels, censored, prompts = inputs.pop("labels"), inputs.pop("censored"), inputs.pop("prompt")
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs)
         tokens, rows = batch_statistics(output, labels, censored, self.lenvm)
         tokens = self.accelerator.pad_across_processes(tokens, dim=1, pad_index=IGNORE)
-        tokens, rows = self.gather_function((tokens, rows))  # leaves out rows repeated to fill the last batch
-        self.metrics_of.update(tokens.cpu().numpy(), rows.cpu().numpy())
+        # leaves out rows repeated to fill the last batch
+        tokens, rows, prompts = self.gather_function((tokens, rows, prompts))
+        self.metrics_of.update(tokens.cpu().numpy(), rows.cpu().numpy(), prompts.cpu().numpy())
         return None, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +174,7 @@ class LengthValueTrainer(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in self.metrics_of.result().items()})
+        self._calibration[prefix] = self.metrics_of.calibration()
         if self.keep_states:
             self._states += zip(self.metrics_of.predicted, self.metrics_of.true, strict=True)
         return output
@@ -187,13 +208,21 @@ class LengthValueTrainer(Trainer):
             write_adapter_block(output_dir or self.args.output_dir, self.lenvm)
 
     def save_predictions(self, rows: Sequence[int]) -> None:
-        """One line a row of the last prediction: the true length and what was predicted before the first token.
+        """One line a row of the last prediction, as JSONL and as parquet: the true length, and what was predicted
+        before the first token.
 
         Args:
             rows: row number of each completion in its data file, in the order of the prediction.
         """
         if not self.is_world_process_zero():
             return
-        with Path(self.args.output_dir, PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
-            for row, state in zip(rows, self.metrics_of.first_states, strict=True):
-                file.write(json.dumps({"row": row} | state) + "\n")
+        path = Path(self.args.output_dir, PREDICTIONS_FILE)
+        lines = [{"row": row} | state for row, state in zip(rows, self.metrics_of.first_states, strict=True)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        pq.write_table(pa.Table.from_pylist(lines), path.with_suffix(".parquet"))
+
+    def save_calibration(self) -> None:
+        """Write the deciles of the latest evaluation of each set: mean predicted against mean true remaining length."""
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir, CALIBRATION_FILE)
+            path.write_text(json.dumps(self._calibration, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 
 from lenvm.bins import LengthBins
 from lenvm.definitions import gamma_from_lengths
-from lenvm.format import LenvmConfig
+from lenvm.format import AblationTarget, LenvmConfig
 from lenvm_lf import checkpoint
 from lenvm_lf.collator import DenseReturnCollator
 from lenvm_lf.data import by_length, foreign_prompts, shared_prompts, split_by_prompt, usable_rows
@@ -96,6 +96,7 @@ def run_lenvm(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
         metrics = trainer.evaluate(metric_key_prefix="eval")
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+        trainer.save_calibration()
         if training_args.do_train:
             trainer.store_spread()
             trainer.keep_states = False
@@ -221,9 +222,21 @@ def decide_block(config: Any, train_set: Any, model_args: Any, training_args: An
             len(lengths),
             longest,
         )
+    representation = finetuning_args.lenvm_target
+    if representation != "return":
+        logger.warning(
+            "`lenvm_target: %s` is for comparison: the checkpoint can be evaluated and trained further under "
+            "`stage: lenvm`, and nothing else reads it.",
+            representation,
+        )
     return LenvmConfig(
         heads=heads,  # type: ignore[arg-type]  # checked by the model
         gamma=gamma,
+        target=None
+        if representation == "return"
+        else AblationTarget(
+            representation=representation, longest=longest if representation == "normalized_length" else None
+        ),
         bins=LengthBins.for_max_length(longest).centres if "length" in heads else (),
         base_model=str(model_args.model_name_or_path),
     )

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from lenvm.definitions import (
     decay_nats,
     discounted_return,
-    gae_returns,
     gamma_from_lengths,
     length_from_logit,
     logit_from_length,
@@ -84,16 +83,3 @@ def test_td_residual_sign() -> None:
     """A token after which the expected remainder jumps from 5 to 50 tokens lengthens: negative."""
     values = discounted_return(torch.tensor([5.0, 50.0]), 0.99)
     assert td_residual(values, 0.99)[0] < 0
-
-
-@given(gammas, st.integers(1, 40), st.floats(0, 1))
-def test_gae_against_its_recursion(gamma: float, length: int, lam: float) -> None:
-    values = -torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(length))
-    delta = td_residual(values, gamma)
-    advantage, expected = 0.0, [0.0] * length
-    for t in reversed(range(length)):
-        advantage = delta[t].item() + gamma * lam * advantage
-        expected[t] = values[t].item() + advantage
-    assert gae_returns(values, gamma, lam).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    closed = discounted_return(torch.arange(length, 0, -1, dtype=torch.float64), gamma)
-    assert torch.allclose(gae_returns(values, gamma, 1.0), closed, atol=1e-9)

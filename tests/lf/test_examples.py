@@ -47,7 +47,9 @@ def test_page_names_every_metric() -> None:
 
     metrics = LengthMetrics(LenvmConfig(gamma=0.9, bins=LengthBins.for_max_length(8).centres), 0.1)
     tokens = np.array([[[2.0, 0.1, 2.0], [1.0, 0.2, 1.0]]], np.float32)
-    metrics.update(tokens, np.array([[0, 0.1, 0.2, 2, 3]], np.float32))
+    rows = np.array([[0, 0.1, 0.2, 1, 2, 3]] * 2, np.float32)
+    metrics.update(np.repeat(tokens, 2, axis=0), rows, np.array([-5, -5]))
+    assert {"mre", "expected_mre", "coverage_p10", "value_calibration_error"} <= set(metrics.result())
     page = (ROOT / "docs" / "training.md").read_text()
     for name in metrics.result():
         stem = name

@@ -222,11 +222,16 @@ def test_text_rows_that_cannot_be_used(world: Any) -> None:
 
 def test_collator_types() -> None:
     batch = DenseReturnCollator(7)(
-        [{"input_ids": np.array([1, 2], np.int32), "prompt_length": 2, "completion_length": 5, "censored": False}]
+        [
+            {"input_ids": np.array([1, 2], np.int32), "prompt_length": 2, "completion_length": 5, "censored": False}
+            | {"prompt_hash": -8}
+        ]
     )
+    assert batch["prompt"].tolist() == [-8]
     assert {k: v.dtype for k, v in batch.items()} == {
         "input_ids": torch.int64,
         "attention_mask": torch.int64,
         "labels": torch.int64,
         "censored": torch.bool,
+        "prompt": torch.int64,
     }

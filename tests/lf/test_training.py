@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -52,7 +53,7 @@ def brute_force(directory: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
             dec[k - 1, n] = 1.0 - dec[k, n]
     two_hot = dec.copy()
     dec /= dec.sum(1, keepdims=True)
-    values, nlls, firsts, errors, maes, means = [], [], [], [], [], []
+    values, nlls, firsts, errors, maes, means, pairs, prompts = [], [], [], [], [], [], [], {}
     by_position: dict[int, list[float]] = {0: [], 25: [], 50: [], 75: []}
     for row in rows:
         sequence = states(model, row)
@@ -69,16 +70,17 @@ def brute_force(directory: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
             n = min(s["n"], longest)
             nlls.append(-float((two_hot[:, n] * np.log(s["q"].numpy())).sum()))
             errors.append(error)
+            mean = float(pmf @ np.arange(longest + 1))
             maes.append(abs(n_hat - s["n"]))
-            means.append(abs(float(pmf @ np.arange(longest + 1)) - s["n"]))
+            means.append(abs(mean - s["n"]))
+            pairs.append((n_hat, mean, s["n"]))
             for position, found in by_position.items():
                 if t == len(sequence) * position // 100:
                     found.append(abs(n_hat - s["n"]))
             if t == 0:
                 cdf = pmf.cumsum()
-                firsts.append(
-                    (s["n"], float(pmf @ np.arange(longest + 1)), *(int((cdf < p - 1e-6).sum()) for p in (0.5, 0.9)))
-                )
+                firsts.append((s["n"], mean, *(int((cdf < p - 1e-6).sum()) for p in (0.1, 0.5, 0.9))))
+                prompts.setdefault(row["prompt_id"], []).append((s["n"], n_hat, mean))
     total = sum(f[0] for f in firsts)
     return {
         "value_loss": np.mean(values),
@@ -88,12 +90,42 @@ def brute_force(directory: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "length_mae": np.mean(maes),
         "expected_length_mae": np.mean(means),
         "expected_length_bias": sum(f[1] - f[0] for f in firsts) / total,
-        "coverage_p50": np.mean([f[0] <= f[2] for f in firsts]),
-        "coverage_p90": np.mean([f[0] <= f[3] for f in firsts]),
+        "coverage_p10": np.mean([f[0] <= f[2] for f in firsts]),
+        "coverage_p50": np.mean([f[0] <= f[3] for f in firsts]),
+        "coverage_p90": np.mean([f[0] <= f[4] for f in firsts]),
+        **boundary(prompts, [row["prompt_id"] for row in rows if row["finish_reason"] == "length"], gamma),
+        "value_calibration_error": calibration_error([(p[0], p[2]) for p in pairs]),
+        "expected_calibration_error": calibration_error([(p[1], p[2]) for p in pairs]),
         "targets": len(values),
         "censored_targets": len(values) - len(errors),
         **{f"length_mae_{p}": np.mean(found) for p, found in by_position.items()},
     }
+
+
+def boundary(prompts: dict[str, list[Any]], cut: list[str], gamma: float) -> dict[str, float]:
+    """Eq. 13-15 over the prompts with at least two samples and none of them cut."""
+    groups = [g for p, g in prompts.items() if p not in cut and len(g) >= 2]
+    errors, means = [], []
+    for g in groups:
+        mu = sum(1 - gamma**n for n, _, _ in g) / len(g)
+        truth = math.log(1 - mu) / math.log(gamma)
+        errors.append(abs(g[0][1] - truth) / truth)
+        mean = sum(n for n, _, _ in g) / len(g)
+        means.append(abs(g[0][2] - mean) / mean)
+    return {"mre": np.mean(errors), "expected_mre": np.mean(means), "mre_prompts": len(groups)}
+
+
+def calibration_error(pairs: list[tuple[float, float]]) -> float:
+    """|mean predicted - mean true| / mean true over tenths of the states by prediction, weighted by states."""
+    pairs = sorted(pairs, key=lambda p: p[0])
+    size, rest = divmod(len(pairs), 10)
+    total, at = 0.0, 0
+    for k in range(10):
+        part = pairs[at : at + size + (k < rest)]
+        at += len(part)
+        predicted, true = (sum(p[i] for p in part) / len(part) for i in (0, 1))
+        total += len(part) * abs(predicted - true) / true
+    return total / len(pairs)
 
 
 @pytest.mark.slow
@@ -140,6 +172,9 @@ def test_checkpoint_is_the_documented_format(world: Any, trained: Path) -> None:
     assert len(world.steps(trained)) == 6
     assert all((trained / f"training_{name}.png").is_file() for name in ("loss", "value_loss", "length_nll"))
     lines = [json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()]
+    assert pyarrow.parquet.read_table(trained / "predictions.parquet").to_pylist() == lines
+    deciles = json.loads((trained / "calibration.json").read_text())["eval"]
+    assert {len(deciles[name]) for name in ("value", "expected")} == {10}
     assert sorted(line["row"] for line in lines) == list(range(1, 16))
     for line in lines:
         source = world.eval_rows[line["row"] - 1]
@@ -331,7 +366,21 @@ def test_validation_split_by_prompt_and_text_data(world: Any) -> None:
         ({"lenvm_gamma": "fast"}, "got 'fast'"),
         ({"lenvm_heads": "length"}, "`lenvm_heads` must be `value` or `value,length`, got 'length'"),
         ({"lenvm_length_weight": -1}, "`lenvm_length_weight` must be a finite number, 0 or more, got -1"),
-        ({"lenvm_censored": "guess"}, "`lenvm_censored` must be one of one_sided, drop, got 'guess'"),
+        ({"lenvm_censored": "guess"}, "`lenvm_censored` must be one of one_sided, bootstrap, drop, got 'guess'"),
+        (
+            {"lenvm_target": "tokens"},
+            "`lenvm_target` must be one of return, length, normalized_length, log_length, got",
+        ),
+        ({"lenvm_lambda": 2}, "`lenvm_lambda` must be a number from 0 to 1, got 2"),
+        ({"lenvm_huber": 0}, "`lenvm_huber` must be a finite number above 0, got 0"),
+        ({"lenvm_weighting": "row"}, "`lenvm_weighting` must be one of token, trajectory, got 'row'"),
+        ({"lenvm_batches": "grouped"}, "`lenvm_batches` must be one of shuffled, by_prompt, got 'grouped'"),
+        ({"lenvm_target": "length", "lenvm_lambda": 0.9}, "only the discounted return obeys, but `lenvm_target` is"),
+        ({"lenvm_target": "length", "lenvm_censored": "bootstrap"}, "`lenvm_censored: bootstrap` bootstraps with"),
+        (
+            {"lenvm_batches": "by_prompt", "train_sampling_strategy": "group_by_length"},
+            "`lenvm_batches: by_prompt` with `train_sampling_strategy`: both decide the order of the rows",
+        ),
         ({"lenvm_max_length": 1}, "`lenvm_max_length` must be a whole number of tokens, 2 or more, got 1"),
         (
             {"stage": "sft", "dataset": "chat", "lenvm_gamma": 0.9},
