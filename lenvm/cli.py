@@ -15,6 +15,7 @@ from lenvm.evaluation.commands import app as evaluation
 from lenvm.pipeline.commands import app as pipeline
 from lenvm.report.command import report
 from lenvm.sampling.commands import sample
+from lenvm.sampling.split_command import split
 
 main = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +23,7 @@ main = typer.Typer(
     help="Length value models: predict and control how many tokens a language model will write.",
 )
 main.command()(sample)
+main.command()(split)
 main.command()(report)
 main.add_typer(evaluation, name="eval")
 main.add_typer(pipeline, name="pipeline")
