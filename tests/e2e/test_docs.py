@@ -48,6 +48,9 @@ def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> li
         "Qwen/Qwen2.5-7B-Instruct": str(demo.base),
         "runs/demo/lenvm": str(demo.lenvm),
         "NAME": "default",
+        "train.jsonl": str(demo.folder / "samples" / "train.jsonl"),
+        "lenvm-1.5b": str(folder / "converted"),
+        "PUBLISHED": str(folder / "published"),
     }
     out = [places.get(word, word) for word in words]
     for i, word in enumerate(out):
@@ -55,8 +58,11 @@ def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> li
             out[i + 1] = server.url + ("/v1" if out[i + 1].endswith("/v1") else "")
         if word == "--out":
             out[i + 1] = str(folder / Path(out[i + 1]).name)
-        if word in ("--n", "--max-tokens"):
-            out[i + 1] = {"--n": "1", "--max-tokens": "40"}[word]
+        small = {"--n": "1", "--max-tokens": "40", "--validation": "0.4", "--test": "0.3"}
+        if word in small:
+            out[i + 1] = small[word]
+    if words[1:3] == ["convert", "PUBLISHED"]:  # nobody's weights are here: make a checkpoint in that layout
+        run(sys.executable, "-m", "lenvm", "convert", str(demo.lenvm), places["PUBLISHED"], "--to", "published")
     if "sample" in out and "--tokenizer" not in out:
         out += ["--tokenizer", str(demo.base)]
     return [*out, "--limit", "3"] if "sample" in out else out
