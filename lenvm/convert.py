@@ -1,9 +1,9 @@
 """Published checkpoints of the paper's authors into this package's format and back; safetensors files only.
 
 Their layout is a causal LM's directory (the backbone, with or without its lm_head) and beside it
-`value_head.safetensors` with the keys `v_head.fc.{weight,bias}` and `v_head.summary.{weight,bias}`, which are W1, b1, W2
-and b2 of Eq. 7. Neither gamma nor the base model is stored there, so both have to be given. Tensors are copied as they
-are, one file at a time: nothing is computed, and no more memory is needed than the largest file takes.
+`value_head.safetensors` with the keys `v_head.fc.{weight,bias}` and `v_head.summary.{weight,bias}`, which are W1, b1,
+W2 and b2 of Eq. 7. Neither gamma nor the base model is stored there, so both have to be given. Tensors are copied as
+they are, one file at a time: nothing is computed, and no more memory is needed than the largest file takes.
 """
 
 from __future__ import annotations
