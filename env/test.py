@@ -40,7 +40,11 @@ SUITES = {
     "sglang": Suite("serve", ("sglang",)),
     "train": Suite("train", ("env", "core", "lf", "demo")),
     # The core is tested in full under the older transformers (train), and what depends on it under the newer too.
-    "serve": Suite("serve", ("env", "eval", "report", "sampling", "pipeline"), ("tests/core/test_modeling.py",)),
+    "serve": Suite(
+        "serve",
+        ("env", "eval", "report", "sampling", "pipeline"),
+        ("tests/core/test_modeling.py", "tests/core/test_convert.py"),
+    ),
 }
 _AT_ONCE = min(2, os.cpu_count() or 1)  # more would be several SGLang servers at the same time
 LINTERS = {

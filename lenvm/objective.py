@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lenvm.bins import LengthBins
-from lenvm.returns import lambda_returns
+from lenvm.returns import lambda_returns, same_completion
 from lenvm.targets import ValueSpace
 
 Weighting = Literal["token", "trajectory"]
@@ -120,33 +120,46 @@ class Objective:
         """Whether the targets depend on the model's own values."""
         return self.lam < 1.0 or self.bootstrap
 
-    def weights(self, mask: Tensor) -> Tensor:
+    def weights(self, mask: Tensor, completion: Tensor | None = None) -> Tensor:
         """Weight of each target state.
 
         Args:
-            mask: [B, T] bool, the target states; a row is one completion.
+            mask: [B, T] bool, the target states.
+            completion: [B, T] int64 number of the completion in its row; None where a row is one completion.
 
         Returns:
             [M] float32, the rows' target states one after the other.
         """
         if self.weighting == "token":
             return torch.ones(int(mask.sum()), device=mask.device)
-        share = 1.0 / mask.sum(-1, keepdim=True).clamp(min=1).float()
-        return share.expand(mask.shape)[mask]
+        number = torch.zeros_like(mask, dtype=torch.int64) if completion is None else completion
+        states = torch.zeros(len(mask), int(number.max()) + 1, device=mask.device).scatter_add_(1, number, mask.float())
+        return 1.0 / states.gather(1, number)[mask]
 
-    def counted(self, mask: Tensor) -> Tensor:
-        """What the denominator counts: every target state, or one a completion.
+    def counted(self, mask: Tensor, completion: Tensor | None = None) -> Tensor:
+        """What the denominator counts: every target state, or the first one of each completion.
 
         Args:
             mask: [B, T] bool.
+            completion: as for `weights`.
 
         Returns:
-            [B, T] or [B, 1] bool; the sum of `weights` is the number of True.
+            [B, T] bool; the sum of `weights` is the number of True.
         """
-        return mask if self.weighting == "token" else mask.any(-1, keepdim=True)
+        if self.weighting == "token":
+            return mask
+        first = mask.clone()
+        first[:, 1:] &= ~same_completion(mask, completion)
+        return first
 
     def sums(
-        self, z: Tensor, length_logits: Tensor | None, remaining: Tensor, mask: Tensor, censored: Tensor
+        self,
+        z: Tensor,
+        length_logits: Tensor | None,
+        remaining: Tensor,
+        mask: Tensor,
+        censored: Tensor,
+        completion: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Weighted sums of the value's and the length distribution's loss over a batch.
 
@@ -154,16 +167,19 @@ class Objective:
             z: [B, T] float32.
             length_logits: [B, T, bins] float32, or None where that loss is not wanted.
             remaining: [B, T] int64 tokens to come; any value off target.
-            mask: [B, T] bool, the target states; a row is one completion.
+            mask: [B, T] bool, the target states; those of one completion are neighbours.
             censored: [B, T] bool.
+            completion: [B, T] int64 number of the completion in its row; None where a row is one completion.
 
         Returns:
             (value, length), scalars float32; length is 0 without logits.
         """
-        n, cut, weight = remaining[mask], censored[mask], self.weights(mask)
+        n, cut, weight = remaining[mask], censored[mask], self.weights(mask, completion)
         if self.bootstraps:
             z32 = z.float()
-            target = lambda_returns(z32, remaining, mask, censored, self.space.gamma, self.lam, self.bootstrap)
+            target = lambda_returns(
+                z32, remaining, mask, censored, self.space.gamma, self.lam, self.bootstrap, completion
+            )
             value = penalty(torch.sigmoid(-z32[mask]) - target[mask], self.huber)
         else:
             value = value_losses(z[mask], n, cut, self.space, self.huber)

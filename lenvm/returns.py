@@ -20,8 +20,29 @@ from torch import Tensor
 from lenvm.definitions import decay_nats
 
 
+def same_completion(mask: Tensor, completion: Tensor | None) -> Tensor:
+    """Whether a position and the next one are states of the same completion.
+
+    Args:
+        mask: [B, T] bool, the target states.
+        completion: [B, T] int64 number of the completion in its row; None where a row is one completion.
+
+    Returns:
+        [B, T - 1] bool.
+    """
+    both = mask[:, :-1] & mask[:, 1:]
+    return both if completion is None else both & (completion[:, :-1] == completion[:, 1:])
+
+
 def lambda_returns(
-    z: Tensor, remaining: Tensor, mask: Tensor, censored: Tensor, gamma: float, lam: float, bootstrap: bool
+    z: Tensor,
+    remaining: Tensor,
+    mask: Tensor,
+    censored: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap: bool,
+    completion: Tensor | None = None,
 ) -> Tensor:
     """1 + G of every target state, with the model's own values as constants.
 
@@ -31,12 +52,13 @@ def lambda_returns(
 
     Args:
         z: [B, T] value logits; no gradient flows through them.
-        remaining: [B, T] tokens to come, falling by one from each state to the next; any value off target.
+        remaining: [B, T] tokens to come; any value off target.
         mask: [B, T] bool, the target states; the states of one completion are neighbours.
         censored: [B, T] bool.
         gamma: discount per token.
         lam: lambda in [0, 1].
         bootstrap: treatment of censored completions, as above.
+        completion: [B, T] number of the completion in its row; None where a row is one completion.
 
     Returns:
         [B, T] in the dtype of z; meaningless off target.
@@ -46,7 +68,7 @@ def lambda_returns(
     bound = torch.minimum(own, closed)  # one-sided: 1 + V may not be larger than 1 + G
     end = torch.where(censored, bound, closed)
     goes_on = torch.zeros_like(mask)
-    goes_on[:, :-1] = mask[:, :-1] & mask[:, 1:] & (remaining[:, :-1] == remaining[:, 1:] + 1)
+    goes_on[:, :-1] = same_completion(mask, completion)
     after = torch.cat([own[:, 1:], own[:, -1:]], dim=1)
     y = torch.where(goes_on, gamma * (1.0 - lam) * after, end)
     factor = torch.where(goes_on, torch.full_like(y, gamma * lam), torch.zeros_like(y))

@@ -125,6 +125,9 @@ def make_finetuning_arguments(base: Any) -> Any:
         lenvm_batches: str = field(
             default="shuffled", metadata={"help": "shuffled, or by_prompt: the completions of a prompt together."}
         )
+        lenvm_shared_prefix: bool = field(
+            default=False, metadata={"help": "Compute the prompt once for all its completions in a batch."}
+        )
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -180,6 +183,7 @@ LENVM_DEFAULTS: dict[str, Any] = {
     "lenvm_weighting": "token",
     "lenvm_huber": None,
     "lenvm_batches": "shuffled",
+    "lenvm_shared_prefix": False,
 }
 
 
@@ -258,6 +262,12 @@ def _refused(model: Any, data: Any, train: Any, tune: Any) -> list[Rule]:
                 "lenvm_batches: by_prompt` with `" + ("train_sampling_strategy" if by_length else "disable_shuffling"),
                 "both decide the order of the rows",
                 "remove one of the two",
+            ),
+            (
+                tune.lenvm_shared_prefix and not (tune.lenvm_batches == "by_prompt" or tune.disable_shuffling),
+                "lenvm_shared_prefix` without `lenvm_batches: by_prompt",
+                "a batch would hardly hold two completions of one prompt",
+                "set `lenvm_batches: by_prompt`, or `disable_shuffling: true` where the file is in order of prompts",
             ),
             (
                 train.label_smoothing_factor,

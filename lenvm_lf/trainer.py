@@ -24,6 +24,7 @@ from lenvm_lf.checkpoint import write_adapter_block, write_block
 from lenvm_lf.collator import IGNORE
 from lenvm_lf.metrics import LengthMetrics, batch_statistics
 from lenvm_lf.samplers import PromptSampler
+from lenvm_lf.shared_prefix import SharedPrefixCollator
 
 PREDICTIONS_FILE = "predictions.jsonl"
 CALIBRATION_FILE = "calibration.json"
@@ -103,13 +104,26 @@ class LengthValueTrainer(Trainer):
             return ShuffledLengthGroups(batch_size, lengths=list(self.train_dataset["length"]))
         return super()._get_train_sampler(*args, **kwargs)
 
+    def get_train_dataloader(self) -> Any:
+        """transformers' loader; only training packs, evaluation looks at one completion a row."""
+        if not self.finetuning_args.lenvm_shared_prefix:
+            return super().get_train_dataloader()
+        plain = self.data_collator
+        self.data_collator = SharedPrefixCollator(plain.pad_token_id, plain.multiple_of)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # the workflow sorted the set by length; transformers' grouping would draw from the global random state
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """What the step's sum is divided by; transformers gathers it over all ranks and accumulation steps."""
-        counted = [self.objective.counted(batch["labels"] != IGNORE) for batch in batch_samples]
+        counted = [
+            self.objective.counted(batch["labels"] != IGNORE, batch.get("completion")) for batch in batch_samples
+        ]
         as_labels = [{"labels": torch.where(part, 0, IGNORE)} for part in counted]
         return super()._get_num_items_in_batch(as_labels, device)
 
@@ -123,13 +137,14 @@ class LengthValueTrainer(Trainer):
         """This micro-batch's share of the step's loss, scaled so that the average over ranks is Eq. 9."""
         inputs = dict(inputs)
         labels, censored, _ = inputs.pop("labels"), inputs.pop("censored"), inputs.pop("prompt")
+        completion = inputs.pop("completion", None)  # of packed sequences
         output = model(**inputs)
         mask = labels != IGNORE
         logits = output.length_logits if self.length_weight else None
-        value, length = self.objective.sums(output.z, logits, labels, mask, censored)
+        value, length = self.objective.sums(output.z, logits, labels, mask, censored, completion)
         if output.length_logits is not None and logits is None:
             length = output.length_logits.sum() * 0.0  # weight 0: keep the head in the graph, as DDP and ZeRO expect
-        count = self.objective.counted(mask).sum() if num_items_in_batch is None else num_items_in_batch
+        count = self.objective.counted(mask, completion).sum() if num_items_in_batch is None else num_items_in_batch
         ranks = self.accelerator.num_processes if num_items_in_batch is not None else 1
         scale = ranks / torch.as_tensor(count, device=value.device, dtype=torch.float32).clamp(min=1)
         if model.training:

@@ -14,6 +14,7 @@ from lenvm.format import AblationTarget, LenvmConfig
 from lenvm_lf import checkpoint
 from lenvm_lf.collator import DenseReturnCollator
 from lenvm_lf.data import by_length, foreign_prompts, shared_prompts, split_by_prompt, usable_rows
+from lenvm_lf.shared_prefix import check_backbone
 
 logger = logging.getLogger(__name__)
 CENSORED_SHARE_FOR_AUTO = 0.01
@@ -74,6 +75,8 @@ def run_lenvm(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
     lenvm = decide_block(config, train_set, model_args, training_args, finetuning_args)
     finetuning_args.lenvm_config = lenvm
     model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
+    if finetuning_args.lenvm_shared_prefix:
+        check_backbone(model.config)
 
     training_args.average_tokens_across_devices = True  # the denominator of Eq. 9 is global: not a choice here
     training_args.label_names = ["labels"]

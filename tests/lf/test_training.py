@@ -381,6 +381,7 @@ def test_validation_split_by_prompt_and_text_data(world: Any) -> None:
             {"lenvm_batches": "by_prompt", "train_sampling_strategy": "group_by_length"},
             "`lenvm_batches: by_prompt` with `train_sampling_strategy`: both decide the order of the rows",
         ),
+        ({"lenvm_shared_prefix": True}, "`lenvm_shared_prefix` without `lenvm_batches: by_prompt`"),
         ({"lenvm_max_length": 1}, "`lenvm_max_length` must be a whole number of tokens, 2 or more, got 1"),
         (
             {"stage": "sft", "dataset": "chat", "lenvm_gamma": 0.9},
