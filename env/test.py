@@ -20,7 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = {
     "train": ("env", "core", "lf", "demo"),
-    "serve": ("env", "eval", "report", "sampling", "pipeline", "sglang", "e2e"),
+    "serve": ("env", "eval", "report", "sampling", "pipeline", "kernels", "sglang", "e2e"),
 }
 # The core is tested in full under the older transformers (train), and what depends on transformers under the newer too.
 SERVE_ALSO = ("tests/core/test_modeling.py",)
