@@ -28,8 +28,7 @@ MAX_REACH = 1024
 MAX_STOPS = 32
 """Most stop tokens of a row; the candidate kernel compares every token it reads with each of them."""
 MAX_CANDIDATES = 128
-"""Most candidates of a row that `tilt_sample` holds in registers beside their bins."""
-MAX_BINS = 256
+"""Most candidates of a row that `tilt_sample` holds in registers."""
 
 
 def uses_triton(tensor: Tensor) -> bool:
@@ -112,7 +111,7 @@ def tilt_sample(
 
     One launch. The noise is the sampler's own, keyed by (seed, tokens emitted, token id), so kernel and reference draw
     the same tokens wherever their log p' agree; the kernel works in float64 per candidate and in float32 per bin.
-    Rows of more than `MAX_CANDIDATES` candidates or `MAX_BINS` bins take the reference. A checkpoint without a length
+    Rows of more than `MAX_CANDIDATES` candidates take the reference. A checkpoint without a length
     head computes its log-normal with the core's torch first (only if the posterior is `present`).
 
     Args:
@@ -129,9 +128,7 @@ def tilt_sample(
         TiltSample.
     """
     rows, slots = candidates.log_p.shape
-    bins = len(lenvm.bins) if scores.length_log_q is not None else 0
-    covered = 0 < slots <= MAX_CANDIDATES and bins <= MAX_BINS and rows > 0
-    if uses_triton(candidates.log_p) and covered:
+    if uses_triton(candidates.log_p) and 0 < slots <= MAX_CANDIDATES and rows > 0:
         from lenvm_kernels.fused import tilt as fused
 
         return fused.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present)

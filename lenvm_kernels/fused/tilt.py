@@ -47,6 +47,8 @@ _VANISHED = tl.constexpr(int(Status.VANISHED))
 # the square of the last one (|third moment| <= variance, as 0 <= u <= 1), so four steps reach float64.
 _BISECTIONS = tl.constexpr(28)
 _NEWTON_STEPS = tl.constexpr(4)
+BLOCK_B = 32
+"""Bins of a tile."""
 
 
 @triton.jit
@@ -61,7 +63,7 @@ def one_minus_exp_neg(x):
 
 @triton.jit
 def bin_kernel(CENTRE, b, inside, B, mode, left, tolerance):
-    """sum_n DEC[b, n] K(n) of each bin, and K(0); float64.
+    """sum_n DEC[b, n] K(n) of each bin, float64.
 
     With l < c < h the centres below, at and above (0 below the first, c + 1 above the last), d = c - l and e = h - c,
     DEC[b, n] = triangle(n) / ((d + e) / 2), the triangle rising from 0 at l to 1 at c and falling to 0 at h.
@@ -77,8 +79,7 @@ def bin_kernel(CENTRE, b, inside, B, mode, left, tolerance):
     m = tl.minimum(tl.maximum(left.to(tl.float64), 0.0), tl.load(CENTRE + B - 1))
     spread = (past & (mode != _AT_LEAST)) | ((left >= 0) & (mode != _AT_MOST) & (mode != _AT_LEAST) & (tolerance > 0))
     if spread:
-        # exp(-n/3) past the bound is the same kernel around 0
-        around = tl.where(past, 0.0, m)
+        # exp(-n/3) past the bound is the same kernel around 0, which is where m is then
         width = tl.where(past, _OVERRUN, tl.maximum(tolerance * m, _MIN_TOLERANCE))
         # sum_n triangle(n) a^|n-m| with a = exp(-1/width), from the second difference of a^|n|:
         # a^|n| = (second difference of a^|n|  +  (1/a - a) [n = 0]) / (1/a + a - 2)
@@ -86,12 +87,11 @@ def bin_kernel(CENTRE, b, inside, B, mode, left, tolerance):
         a = tl.exp(-x)
         step = one_minus_exp_neg(x)
         curvature = step * step / a
-        triangle = tl.where(around <= c, tl.maximum(around - low, 0.0) / d, tl.maximum(high - around, 0.0) / e)
-        ends = tl.exp(-tl.abs(around - low) * x) / d + tl.exp(-tl.abs(around - high) * x) / e
-        middle = tl.exp(-tl.abs(around - c) * x) * (1.0 / d + 1.0 / e)
+        triangle = tl.where(m <= c, tl.maximum(m - low, 0.0) / d, tl.maximum(high - m, 0.0) / e)
+        ends = tl.exp(-tl.abs(m - low) * x) / d + tl.exp(-tl.abs(m - high) * x) / e
+        middle = tl.exp(-tl.abs(m - c) * x) * (1.0 / d + 1.0 / e)
         total = (1.0 + a) / step * triangle + (ends - middle) / curvature
         per_bin = tl.maximum(total, 0.0) / norm
-        at_zero = tl.exp(-around * x)
     else:
         rise_to = tl.minimum(tl.maximum(m - low, 0.0), d)
         fall_to = tl.minimum(tl.maximum(m - c, 0.0), e - 1.0)
@@ -102,8 +102,17 @@ def bin_kernel(CENTRE, b, inside, B, mode, left, tolerance):
         exact = tl.where(m <= c, tl.maximum(m - low, 0.0) / d, tl.maximum(high - m, 0.0) / e)
         total = tl.where(mode == _AT_MOST, at_most, tl.where(mode == _AT_LEAST, at_least, exact))
         per_bin = tl.where(past, 1.0, total / norm)  # past the bound only at_least comes here
-        at_zero = tl.where((mode == _AT_MOST) | past | (m == 0.0), 1.0, 0.0)
-    return per_bin, at_zero
+    return per_bin
+
+
+@triton.jit
+def kernel_at_zero(mode, left, tolerance, longest):
+    """K(0), float64: the weight of a stop token."""
+    m = tl.minimum(tl.maximum(left, 0).to(tl.float64), longest)
+    exact = tl.where(left <= 0, 1.0, 0.0 * m)
+    about = tl.exp(-m / tl.maximum(tolerance * m, _MIN_TOLERANCE))
+    within = tl.where((mode != _AT_LEAST) & (tolerance > 0), about, exact)
+    return tl.where((mode == _AT_MOST) | (left < 0), 1.0, within)
 
 
 @triton.jit
@@ -190,25 +199,44 @@ def tilt_sample_kernel(
     bad = (control != _NONE) & (control != _POSTERIOR) & bad_z
     vanished = control < 0  # false
     if HAS_Q:
-        b = tl.arange(0, BLOCK_B)
-        in_bins = b < B
-        place = LOG_Q + row * log_q_row + k[:, None] * log_q_slot + b[None, :]
-        log_q = tl.load(place, mask=scored[:, None] & in_bins[None, :], other=NEG_INF)
-        top = tl.max(tl.where(log_q == log_q, log_q, NEG_INF), 1)
-        bad_q = (tl.sum((log_q != log_q).to(tl.int32), 1) > 0) | (top == float("inf"))
-        top = tl.where((top == NEG_INF) | bad_q, 0.0, top)
-        q = tl.where(bad_q[:, None], 0.0, tl.exp(log_q - top[:, None]))
-        mass = tl.sum(q, 1)
-        share = tl.where(mass > 0, 1.0 / tl.where(mass > 0, mass, 1.0), 0.0)
+        tolerance = tl.load(TOLERANCE + row * tolerance_row).to(tl.float64)
+        # softmax over the bins in one reading: every lane keeps the highest logit it has met, and its sums relative to
+        # that; a tile of few bins at a time keeps the float64 of `bin_kernel` in registers
+        highest = tl.full((BLOCK_K, BLOCK_B), NEG_INF, tl.float32)
+        mass = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
+        fit = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
+        tokens = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
+        wrong = tl.zeros((BLOCK_K, BLOCK_B), tl.int32)
+        for start in range(0, B, BLOCK_B):
+            b = start + tl.arange(0, BLOCK_B)
+            in_bins = b < B
+            place = LOG_Q + row * log_q_row + k[:, None] * log_q_slot + b[None, :]
+            log_q = tl.load(place, mask=scored[:, None] & in_bins[None, :], other=NEG_INF)
+            finite = log_q < float("inf")  # neither is NaN
+            wrong = wrong | (~finite).to(tl.int32)
+            log_q = tl.where(finite, log_q, NEG_INF)
+            new = tl.maximum(highest, log_q)
+            anchor = tl.where(new == NEG_INF, 0.0, new)
+            rescale = tl.exp(highest - anchor)
+            q = tl.exp(log_q - anchor)
+            highest = new
+            mass = mass * rescale + q
+            if LENGTH_FROM_Q:
+                tokens = tokens * rescale + q * tl.load(MEAN + b, mask=in_bins, other=0.0)[None, :]
+            if control == _POSTERIOR:
+                per_bin = bin_kernel(CENTRE, b, in_bins, B, mode, left, tolerance)
+                fit = fit * rescale + q * per_bin.to(tl.float32)[None, :]
+        top = tl.max(highest, 1)
+        rescale = tl.exp(highest - tl.where(top == NEG_INF, 0.0, top)[:, None])
+        total_mass = tl.sum(mass * rescale, 1)
+        share = tl.where(total_mass > 0, 1.0 / tl.where(total_mass > 0, total_mass, 1.0), 0.0)
         if LENGTH_FROM_Q:
-            means = tl.load(MEAN + b, mask=in_bins, other=0.0)
-            length = tl.where(scored, (tl.sum(q * means[None, :], 1) * share).to(tl.float64), 0.0)
+            length = tl.where(scored, (tl.sum(tokens * rescale, 1) * share).to(tl.float64), 0.0)
         if control == _POSTERIOR:
-            tolerance = tl.load(TOLERANCE + row * tolerance_row).to(tl.float64)
-            per_bin, at_zero = bin_kernel(CENTRE, b, in_bins, B, mode, left, tolerance)
-            weight = (tl.sum(q * per_bin.to(tl.float32)[None, :], 1) * share).to(tl.float64)
+            weight = (tl.sum(fit * rescale, 1) * share).to(tl.float64)
+            at_zero = kernel_at_zero(mode, left, tolerance, tl.load(CENTRE + B - 1))
             weight = tl.where(kept, tl.where(stop, at_zero, weight), 0.0)
-            bad = tl.max((scored & bad_q).to(tl.int32), 0) > 0
+            bad = tl.max(tl.where(scored, tl.max(wrong, 1), 0), 0) > 0
             vanished = ~bad & (tl.max(weight, 0) <= _FLOOR) & ~empty
             sharpness = tl.load(SHARPNESS + row * sharpness_row).to(tl.float64)
             guided = base + sharpness * tl.log(weight + _FLOOR)
@@ -295,14 +323,14 @@ def tilt_sample(
         log_p.stride(0), token_ids.stride(0), stop.stride(0), z.stride(0), quantities.stride(0), quantities.stride(1),
         *(value.stride(0) for value in row_values),
         slots, len(centres), rows,
-        BLOCK_K=block_k, BLOCK_B=max(16, triton.next_power_of_2(len(centres))), HAS_Q=log_q is not None,
+        BLOCK_K=block_k, BLOCK_B=BLOCK_B, HAS_Q=log_q is not None,
         LENGTH_FROM_Q=from_q, num_warps=warps(block_k, log_q is not None),
     )  # fmt: skip
     return TiltSample(out, slot, chosen, *stats.unbind(0), status)
 
 
 def warps(block_k: int, has_q: bool) -> int:
-    """Warps of a program: enough that a tile of bins stays in registers."""
+    """Warps of a program: enough that the sums over bins stay in registers."""
     if not has_q:
         return 1
     return 4 if block_k <= 32 else 8

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lenvm.heads import ValueHead
 
-BLOCK_M, BLOCK_N, BLOCK_H = 64, 32, 64
+BLOCK_M, BLOCK_N, BLOCK_H = 64, 32, 32
 """Rows, hidden units and input features of a tile. Fixed, so that the order of a row's sums, and with it z to the last
 bit, does not depend on the batch. Few hidden units a program, because a small batch must still occupy the device."""
 WARPS, STAGES = 4, 3
