@@ -206,19 +206,16 @@ def tilt_sample_kernel(
         mass = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
         fit = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
         tokens = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
-        wrong = tl.zeros((BLOCK_K, BLOCK_B), tl.int32)
         for start in range(0, B, BLOCK_B):
             b = start + tl.arange(0, BLOCK_B)
             in_bins = b < B
             place = LOG_Q + row * log_q_row + k[:, None] * log_q_slot + b[None, :]
             log_q = tl.load(place, mask=scored[:, None] & in_bins[None, :], other=NEG_INF)
-            finite = log_q < float("inf")  # neither is NaN
-            wrong = wrong | (~finite).to(tl.int32)
-            log_q = tl.where(finite, log_q, NEG_INF)
-            new = tl.maximum(highest, log_q)
+            sound = log_q < float("inf")  # NaN is not
+            new = tl.maximum(highest, tl.where(sound, log_q, NEG_INF))
             anchor = tl.where(new == NEG_INF, 0.0, new)
             rescale = tl.exp(highest - anchor)
-            q = tl.exp(log_q - anchor)
+            q = tl.where(sound, tl.exp(log_q - anchor), float("nan"))  # stays in the sums
             highest = new
             mass = mass * rescale + q
             if LENGTH_FROM_Q:
@@ -236,7 +233,7 @@ def tilt_sample_kernel(
             weight = (tl.sum(fit * rescale, 1) * share).to(tl.float64)
             at_zero = kernel_at_zero(mode, left, tolerance, tl.load(CENTRE + B - 1))
             weight = tl.where(kept, tl.where(stop, at_zero, weight), 0.0)
-            bad = tl.max(tl.where(scored, tl.max(wrong, 1), 0), 0) > 0
+            bad = tl.max((scored & (total_mass != total_mass)).to(tl.int32), 0) > 0
             vanished = ~bad & (tl.max(weight, 0) <= _FLOOR) & ~empty
             sharpness = tl.load(SHARPNESS + row * sharpness_row).to(tl.float64)
             guided = base + sharpness * tl.log(weight + _FLOOR)

@@ -22,8 +22,7 @@ def test_compiles_without_spills(capability: int, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 7
-    print(done.stdout)
+    assert len(found) == (7 if capability == 90 else 5)
     for kernel in found:
         assert kernel["target"].startswith(f"sm_{capability}"), kernel
         assert kernel["stack"] == kernel["local"] == 0, f"registers spill: {kernel}"

@@ -26,15 +26,18 @@ MUTANTS = {
     "triangle without its far side": ("tilt", "fall_to * (2.0 * e - fall_to - 1.0) / (2.0 * e)", "0.0 * fall_to"),
     "bins not normalised": ("tilt", "tl.maximum(total, 0.0) / norm", "tl.maximum(total, 0.0)"),
     "soft without its bound": ("tilt", "return tl.where(satisfied, 0.0, beta)", "return beta"),
-    "no Newton steps": ("tilt", "_NEWTON_STEPS = tl.constexpr(4)", "_NEWTON_STEPS = tl.constexpr(0)"),
+    "bisection the wrong way": ("tilt", "tl.sum(w * u, 0) < wanted", "tl.sum(w * u, 0) > wanted"),
     "unsteered rows renormalised": ("tilt", "tl.float32), raw)", "tl.float32), guided.to(tl.float32))"),
-    "ties to the higher id": ("tilt", "tl.min(tl.where(best, token, NO_TOKEN), 0)\n\n", "tl.max(tl.where(best, token, 0), 0)\n\n"),  # noqa: E501
+    "ties to the higher id": ("tilt", "(token == tl.min(tl.where(best, token, NO_TOKEN), 0))", "(token == tl.max(tl.where(best, token, 0), 0))"),  # noqa: E501
     "noise of the slot": ("tilt", "seed_row), emitted, token)", "seed_row), emitted, k.to(tl.int64))"),
     "greedy rows sampled": ("tilt", "greedy_row) == 0", "greedy_row) >= 0"),
     "KL the wrong way": ("tilt", "p * (guided - base)", "tl.exp(base) * (base - guided)"),
     "hash misses a step": ("common", "x = (x ^ (x >> 27)) * _MIX_B", "x = x * _MIX_B"),
     "position left out": ("common", ") ^ position.to(tl.uint64))", "))"),
 }  # fmt: skip
+
+TIE = 1.25
+"""The value of every candidate in the rows of ties."""
 
 
 def load(name: str, text: str, folder: Path) -> ModuleType:
@@ -59,15 +62,15 @@ def batch() -> rows.Batch:
             for past in (False, True):
                 kind = (g.control == control) & (g.mode == mode) & ((g.left < 0) == past)
                 kind &= wide.candidates.kept.sum(-1) > 2
-                chosen += kind.nonzero().flatten()[:2].tolist()
+                chosen += kind.nonzero().flatten()[:1].tolist()
     tied = (g.control == Control.HARD) & (g.mode == Mode.AT_MOST) & (wide.candidates.kept.sum(-1) > 2)
-    chosen += tied.nonzero().flatten()[:6].tolist()
+    chosen += tied.nonzero().flatten()[:2].tolist()
     tolerant = (g.control == Control.POSTERIOR) & (g.tolerance > 0) & (g.left > 3)
     chosen += tolerant.nonzero().flatten()[:2].tolist()
     out = wide.select(torch.tensor(chosen))
     # ties that the rounding of the generator leaves to chance
     hard = (out.guidance.control == Control.HARD).nonzero().flatten()
-    out.scores.z[hard[-2:]] = 1.0
+    out.scores.z[hard[-2:]] = TIE
     out.candidates.log_p[hard[-2:]] = torch.tensor(1 / 6).log()
     out.candidates.is_stop[hard[-2:]] = False
     return out
@@ -79,14 +82,19 @@ def truths(batch: rows.Batch) -> list[rows.Truth]:
     return [rows.truth(batch, r, pmf) for r in range(len(batch.seed))]
 
 
-def wrong(batch: rows.Batch, truths: list[rows.Truth], module: ModuleType) -> list[str]:
-    found = rows.problems(batch, batch.run(module.tilt_sample, present=None), truths)
-    got = batch.run(module.tilt_sample, present=None) if not found else None
-    if got is not None:
-        tied = torch.tensor([t.cost is not None for t in truths]).nonzero().flatten()[-2:]
-        ids = batch.candidates.token_ids[tied]
-        found += [] if torch.equal(ids.amin(-1), got.token_id[tied]) else ["a tie went to the higher id"]
-    return found
+def wrong(batch: rows.Batch, truths: list[rows.Truth], module: ModuleType) -> bool:
+    """Whether the comparisons of `check_tilt` find something; the rows a few at a time, because one is enough."""
+    count = len(truths)
+    for start in range(0, count, 6):
+        index = torch.arange(start, min(start + 6, count))
+        part = batch.select(index)
+        got = part.run(module.tilt_sample, present=None)
+        if rows.problems(part, got, [truths[i] for i in index.tolist()]):
+            return True
+        ties = torch.tensor([bool((part.scores.z[r] == TIE).all()) for r in range(len(index))])
+        if not torch.equal(part.candidates.token_ids.amin(-1)[ties], got.token_id[ties]):
+            return True
+    return False
 
 
 def test_the_kernel_itself_passes(batch: rows.Batch, truths: list[rows.Truth], tmp_path: Path) -> None:

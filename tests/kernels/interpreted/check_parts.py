@@ -28,7 +28,7 @@ def test_against_float64_row_by_row() -> None:
     rng = random.Random(3)
     vocabulary = core_tests.VOCABULARY
     given, logits = [], []
-    for _ in range(120):
+    for _ in range(48):
         given.append(
             (
                 rng.choice([0.5, 1.0, 1.7]),
@@ -39,7 +39,7 @@ def test_against_float64_row_by_row() -> None:
         )
         logits.append([rng.gauss(0, 2) if rng.random() < 0.8 else -INF for _ in range(vocabulary)])
         logits[-1][rng.randrange(vocabulary)] = 0.0
-    stops = torch.tensor([[2, -1]]).expand(120, -1)
+    stops = torch.tensor([[2, -1]]).expand(48, -1)
     got = build_candidates(torch.tensor(logits), core_tests.settings_of(given), stops, 8, reach=20)
     for r, row in enumerate(given):
         want = core_tests.reference(logits[r], *row, 8)
@@ -54,7 +54,7 @@ def test_against_float64_row_by_row() -> None:
 def test_strict_bounds_and_a_vocabulary_of_several_chunks(dtype: torch.dtype) -> None:
     """The core decides, in the same mixed batch: strict rows before, at and past their bound."""
     g = torch.Generator().manual_seed(1)
-    count, vocabulary = 24, 9001
+    count, vocabulary = 12, 9001
     logits = (torch.randn(count, vocabulary, generator=g) * 3).to(dtype)
     stops = torch.randint(0, vocabulary, (count, 3), generator=g)
     stops[::3, 1] = -1
@@ -62,16 +62,16 @@ def test_strict_bounds_and_a_vocabulary_of_several_chunks(dtype: torch.dtype) ->
     logits.scatter_(1, stops.clamp(min=0), 9.0)
     sampling = SamplingRows(
         torch.rand(count, generator=g) + 0.3,
-        torch.tensor([5, 40, vocabulary]).repeat(8),
-        torch.tensor([0.4, 0.9, 1.0, 1.0]).repeat(6),
-        torch.tensor([0.0, 0.02]).repeat(12),
+        torch.tensor([5, 40, vocabulary]).repeat(4),
+        torch.tensor([0.4, 0.9, 1.0, 1.0]).repeat(3),
+        torch.tensor([0.0, 0.02]).repeat(6),
     )
     guidance = GuidanceRows(
         mode=torch.arange(count) % 3, control=torch.arange(count) % 5, target=torch.full((count,), 6),
         emitted=torch.arange(count) % 4 + 3, sharpness=torch.ones(count), tolerance=torch.zeros(count),
         strict=torch.arange(count) % 7 > 0, bias=torch.zeros(count),
     )  # fmt: skip
-    for bounds in (guidance, None):
+    for bounds in (guidance, None) if dtype == torch.float32 else (guidance,):
         got = build_candidates(logits, sampling, stops, 16, bounds, reach=40)
         want = reference.build_candidates(logits, sampling, stops, 16, bounds, 40)
         for r in range(count):

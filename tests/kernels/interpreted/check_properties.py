@@ -20,7 +20,7 @@ def same(a: TiltSample, b: TiltSample) -> bool:
     )
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(SEEDS)
 def test_rows_do_not_see_each_other(seed: int) -> None:
     """Shuffled, and split into batches of other sizes: the same to the last bit."""
@@ -33,7 +33,7 @@ def test_rows_do_not_see_each_other(seed: int) -> None:
     assert same(whole, TiltSample(*(torch.cat(t) for t in zip(*parts, strict=True))))
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(SEEDS)
 def test_order_of_the_candidates_does_not_matter(seed: int) -> None:
     batch = rows.mixed(rows.MODELS[seed % 2], 6, slots=6, seed=seed)
@@ -43,7 +43,7 @@ def test_order_of_the_candidates_does_not_matter(seed: int) -> None:
     assert torch.allclose(a.log_p.gather(1, slots).exp(), b.log_p.exp(), atol=1e-6)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(SEEDS)
 def test_zero_bias_is_the_base(seed: int) -> None:
     batch = rows.mixed(rows.MODELS[0], 6, slots=6, seed=seed)
@@ -58,7 +58,7 @@ def test_zero_bias_is_the_base(seed: int) -> None:
     assert tilted.kl.max() < 1e-6 and plain.kl.max() == 0
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(SEEDS)
 def test_length_grows_with_bias_and_kl_is_not_negative(seed: int) -> None:
     one = rows.mixed(rows.MODELS[1], 1, slots=8, seed=seed)
