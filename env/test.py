@@ -42,7 +42,7 @@ SUITES = {
     # The core is tested in full under the older transformers (train), and what depends on it under the newer too.
     "serve": Suite(
         "serve",
-        ("env", "eval", "report", "sampling", "pipeline"),
+        ("env", "eval", "report", "sampling", "pipeline", "kernels"),
         ("tests/core/test_modeling.py", "tests/core/test_convert.py"),
     ),
 }

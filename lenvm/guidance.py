@@ -158,6 +158,14 @@ def posterior(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm:
 
     The base model conditioned on the length. If every weight of a row vanishes, p is kept.
     """
+    weight = posterior_weights(candidates, scores, rows, lenvm)
+    alive = weight.amax(-1, keepdim=True) > FLOOR
+    tilted = candidates.log_p + rows.sharpness[:, None] * (weight + FLOOR).log()
+    return torch.where(alive, tilted, candidates.log_p)
+
+
+def posterior_weights(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:
+    """w(x) = sum_n q(n | s+x) K(n) of each candidate, w(stop) = K(0), [R, K] float32; 0 in empty slots."""
     if scores.length_log_q is not None:
         log_q, bins = scores.length_log_q, lenvm.length_bins
     else:
@@ -165,10 +173,7 @@ def posterior(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm:
     kernel = length_kernel(rows, bins)  # [R, N + 1]
     per_bin = kernel @ bins.decode_matrix().to(log_q.device).T  # [R, B]
     weight = torch.einsum("rkb,rb->rk", log_q.exp(), per_bin)
-    weight = torch.where(candidates.is_stop, kernel[:, :1], weight).masked_fill(~candidates.kept, 0.0)
-    alive = weight.amax(-1, keepdim=True) > FLOOR
-    tilted = candidates.log_p + rows.sharpness[:, None] * (weight + FLOOR).log()
-    return torch.where(alive, tilted, candidates.log_p)
+    return torch.where(candidates.is_stop, kernel[:, :1], weight).masked_fill(~candidates.kept, 0.0)
 
 
 def length_kernel(rows: GuidanceRows, bins: LengthBins) -> Tensor:

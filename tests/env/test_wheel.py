@@ -28,8 +28,9 @@ def wheels(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, zi
 def test_wheel_holds_the_packages_and_nothing_else(wheels: dict[str, zipfile.ZipFile], root: Path) -> None:
     names = wheels["wheel"].namelist()
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"lenvm", "lenvm_lf", "lenvm_sglang", "lenvm_lf.pth", "lenvm_lf.start", "lenvm-0.1.0.dist-info"}
-    for package in ("lenvm", "lenvm_lf", "lenvm_sglang"):
+    packages = {"lenvm", "lenvm_lf", "lenvm_sglang", "lenvm_kernels"}
+    assert tops == packages | {"lenvm_lf.pth", "lenvm_lf.start", "lenvm-0.1.0.dist-info"}
+    for package in packages:
         sources = {p.relative_to(root).as_posix() for p in (root / package).rglob("*.py")}
         assert sources <= set(names), f"missing: {sorted(sources - set(names))[:3]}"
     assert not [name for name in names if "__pycache__" in name or name.startswith(("tests/", "env/"))]

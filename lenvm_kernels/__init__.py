@@ -1,0 +1,13 @@
+"""The guidance step in a handful of launches: Triton kernels for what surrounds the value model's forward.
+
+Three functions, each with the core's plain torch as its reference: `build_candidates` (cut the candidate sets),
+`value_head` (hidden states to z) and `tilt_sample` (guide, draw, report). `lenvm_kernels.dispatch` picks the kernel or
+the reference. Imports without Triton; knows no host.
+"""
+
+from __future__ import annotations
+
+from lenvm_kernels.dispatch import build_candidates, tilt_sample, uses_triton, value_head
+from lenvm_kernels.results import Status, TiltSample
+
+__all__ = ["Status", "TiltSample", "build_candidates", "tilt_sample", "uses_triton", "value_head"]

@@ -1,0 +1,135 @@
+"""The one place that chooses between a Triton kernel and its reference.
+
+Triton runs where its tensors are on a CUDA device, or anywhere under TRITON_INTERPRET=1 (Triton's own interpreter,
+for tests; Triton reads the variable when it is imported, and so do we). Everything else takes the plain torch of the
+core, and so do the few calls that the kernels do not cover; each function says which. None synchronises with the host.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from lenvm.candidates import Candidates, SamplingRows
+from lenvm.format import LenvmConfig
+from lenvm.guidance import Control, GuidanceRows, Scores
+from lenvm.heads import ValueHead
+from lenvm_kernels import reference
+from lenvm_kernels.results import TiltSample
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+MAX_REACH = 1024
+"""Most tokens of a row that the candidate kernel orders; a larger top_k takes the reference."""
+MAX_STOPS = 32
+"""Most stop tokens of a row; the candidate kernel compares every token it reads with each of them."""
+MAX_CANDIDATES = 128
+"""Most candidates of a row that `tilt_sample` holds in registers."""
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether work on this tensor goes to the Triton kernels."""
+    return _HAS_TRITON and (tensor.is_cuda or INTERPRETED)
+
+
+def build_candidates(
+    logits: Tensor,
+    sampling: SamplingRows,
+    stop_token_ids: Tensor,
+    max_candidates: int,
+    guidance: GuidanceRows | None = None,
+    reach: int | None = None,
+) -> Candidates:
+    """Cut the candidate sets of R rows; `lenvm.candidates.build_candidates` says what a candidate is.
+
+    A top-k of torch and two launches. The reference is taken where `reach` is unknown or above `MAX_REACH`, and where
+    a row may have more than `MAX_STOPS` stop tokens. The kernel orders tokens by their logits, the reference by their
+    float32 probabilities: where two of those round to the same number, either may come first. A NaN logit makes its
+    token impossible; a row without any possible token comes back empty (all log_p -inf).
+
+    Args:
+        logits: [R, V] float after penalties, bias and grammar; -inf for forbidden tokens.
+        sampling: the rows' own sampling settings, [R] each.
+        stop_token_ids: [R, S] int64 ids that end a row's answer, padded with -1.
+        max_candidates: K.
+        guidance: what the rows ask for; their `length_strict` bounds ban or force stop tokens (`strict_bounds`).
+            None: no bounds.
+        reach: how many of the most probable tokens must be ordered, at least the largest top_k that is on.
+
+    Returns:
+        Candidates of shape [R, min(K, V)].
+    """
+    covered = reach is not None and max(reach, max_candidates) <= MAX_REACH and stop_token_ids.shape[1] <= MAX_STOPS
+    if uses_triton(logits) and covered and logits.shape[0] > 0:
+        from lenvm_kernels.fused import candidates as fused
+
+        assert reach is not None
+        return fused.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
+    return reference.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
+
+
+def value_head(hidden: Tensor, head: ValueHead) -> Tensor:
+    """z of hidden states (Eq. 7), for inference: two launches, and the hidden layer is never written to memory.
+
+    The products of float32 weights are as exact as float32 on tensor cores (three TF32 products), those of half
+    precision weights are exact; sums are float32. A row's z does not depend on its batch. The reference is taken where
+    a gradient is wanted, and for parameters of another dtype than float32 or the hidden states' own.
+
+    Args:
+        hidden: [..., H] float32, bfloat16 or float16.
+        head: the checkpoint's value head.
+
+    Returns:
+        z [...] float32.
+    """
+    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or head.w1.requires_grad)
+    halves = (torch.bfloat16, torch.float16)
+    covered = head.w1.dtype == torch.float32 or (head.w1.dtype == hidden.dtype and hidden.dtype in halves)
+    covered = covered and hidden.dtype in (torch.float32, *halves) and hidden.numel() > 0
+    if uses_triton(hidden) and covered and not differentiable:
+        from lenvm_kernels.fused import value_head as fused
+
+        return fused.value_head(hidden, head)
+    return head(hidden)
+
+
+def tilt_sample(
+    candidates: Candidates,
+    scores: Scores,
+    guidance: GuidanceRows,
+    lenvm: LenvmConfig,
+    seed: Tensor,
+    greedy: Tensor,
+    present: Collection[Control] | None = None,
+    statistics: bool = True,
+) -> TiltSample:
+    """Guide and draw R rows, each after its own rule: `lenvm.guidance.guide`, then `lenvm.sampler.draw`.
+
+    One launch. The noise is the sampler's own, keyed by (seed, tokens emitted, token id), so kernel and reference draw
+    the same tokens wherever their log p' agree; the kernel works in float64 per candidate and in float32 per bin.
+    Rows of more than `MAX_CANDIDATES` candidates take the reference. A checkpoint without a length
+    head computes its log-normal with the core's torch first (only if the posterior is `present`).
+
+    Args:
+        candidates: the sets, [R, K]; a row's count is the number of its slots with log_p > -inf.
+        scores: of the states after each candidate; entries of stop tokens and empty slots are not read.
+        guidance: what each row asks for.
+        lenvm: gamma, bins and spread of the checkpoint.
+        seed: [R] int64 keys of the draw's noise.
+        greedy: [R] bool, take the arg max of p' instead of a sample.
+        present: the controls that occur in `guidance`, where the host knows them.
+        statistics: also give value, expected value, KL to the base and status (free in the kernel).
+
+    Returns:
+        TiltSample.
+    """
+    rows, slots = candidates.log_p.shape
+    if uses_triton(candidates.log_p) and 0 < slots <= MAX_CANDIDATES and rows > 0:
+        from lenvm_kernels.fused import tilt as fused
+
+        return fused.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present)
+    return reference.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, statistics)

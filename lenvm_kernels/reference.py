@@ -1,0 +1,89 @@
+"""The kernels' references: the core's own functions, put together in the shape of the kernels. Plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from lenvm import candidates as core
+from lenvm.candidates import Candidates, SamplingRows
+from lenvm.format import LenvmConfig
+from lenvm.guidance import (
+    FLOOR,
+    Control,
+    GuidanceRows,
+    Scores,
+    guide,
+    posterior_weights,
+    predicted_lengths,
+    strict_bounds,
+)
+from lenvm.lognormal import lognormal_log_q
+from lenvm.sampler import draw
+from lenvm_kernels.results import Status, TiltSample
+
+
+def build_candidates(
+    logits: Tensor,
+    sampling: SamplingRows,
+    stop_token_ids: Tensor,
+    max_candidates: int,
+    guidance: GuidanceRows | None,
+    reach: int | None,
+) -> Candidates:
+    """`lenvm.candidates.build_candidates` under the strict bounds of `guidance`."""
+    ban, force = (None, None) if guidance is None else strict_bounds(guidance)
+    return core.build_candidates(logits, sampling, stop_token_ids, max_candidates, ban, force, reach)
+
+
+def tilt_sample(
+    candidates: Candidates,
+    scores: Scores,
+    guidance: GuidanceRows,
+    lenvm: LenvmConfig,
+    seed: Tensor,
+    greedy: Tensor,
+    present: Collection[Control] | None,
+    statistics: bool,
+) -> TiltSample:
+    """`guide`, `draw` and `predicted_lengths`, and the statistics of the result."""
+    log_p = guide(candidates, scores, guidance, lenvm, present)
+    slot = draw(log_p, candidates.token_ids, seed, guidance.emitted, greedy)
+
+    def chosen(values: Tensor) -> Tensor:
+        return values.gather(-1, slot[:, None])[:, 0]
+
+    length = chosen(predicted_lengths(candidates, scores, lenvm))
+    out = TiltSample(log_p, slot, chosen(candidates.token_ids), length)
+    if not statistics:
+        return out
+    kept = candidates.kept
+    value = -torch.sigmoid(scores.z.double()).masked_fill(candidates.is_stop | ~kept, 0.0)
+    guided = log_p.double().masked_fill(~kept, -torch.inf).log_softmax(-1)
+    base = candidates.log_p.double().masked_fill(~kept, -torch.inf).log_softmax(-1)
+    p = guided.exp()
+    alive = p > 0
+    kl = torch.where(alive, p * (guided - base), 0.0).sum(-1).clamp(min=0.0)
+    return out._replace(
+        value=chosen(value).float(),
+        expected_value=torch.where(alive, p * value, 0.0).sum(-1).float(),
+        kl=kl.float(),
+        status=_status(candidates, scores, guidance, lenvm),
+    )
+
+
+def _status(candidates: Candidates, scores: Scores, guidance: GuidanceRows, lenvm: LenvmConfig) -> Tensor:
+    """[R] int32 `Status` bits."""
+    read = candidates.kept & ~candidates.is_stop
+    posterior = guidance.control == Control.POSTERIOR
+    by_value = (guidance.control != Control.NONE) & ~posterior
+    log_q = scores.length_log_q if scores.length_log_q is not None else lognormal_log_q(scores.z, lenvm)[0]
+    bad_q = (log_q.isnan() | log_q.isposinf()).any(-1)
+    bad = (by_value & (scores.z.isnan() & read).any(-1)) | (posterior & (bad_q & read).any(-1))
+    # NaN > FLOOR is false: bad scores would count as vanished
+    vanished = posterior & ~bad & ~(posterior_weights(candidates, scores, guidance, lenvm).amax(-1) > FLOOR)
+    empty = ~candidates.kept.any(-1)
+    bits = empty * int(Status.EMPTY) + (~empty & bad) * int(Status.BAD_SCORES)
+    return (bits + (~empty & vanished) * int(Status.VANISHED)).int()

@@ -1,0 +1,45 @@
+"""What a guidance step gives back."""
+
+from __future__ import annotations
+
+from enum import IntFlag
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Status(IntFlag):
+    """Why a steered row was left at the base distribution; 0 is the ordinary case."""
+
+    EMPTY = 1
+    """No candidate at all: no slot with log_p above -inf. The slot drawn is the one with the lowest token id."""
+    BAD_SCORES = 2
+    """The scores that the row's rule reads hold NaN (or a length logit of +inf)."""
+    VANISHED = 4
+    """Posterior: every candidate's weight is zero, the target cannot be met from here."""
+
+
+class TiltSample(NamedTuple):
+    """Outcome of `tilt_sample` for R rows of K slots.
+
+    Attributes:
+        log_p: [R, K] float32 log p', normalised; -inf in empty slots. Rows that are not steered keep what came in
+            (bit for bit from the kernel).
+        slot: [R] int64, the slot drawn.
+        token_id: [R] int64, its token.
+        length: [R] float32 predicted remaining length after that token, in tokens; 0 after a stop token.
+        value: [R] float32 V = -sigmoid(z) of the state after it, in [-1, 0]; 0 after a stop token. The last four are
+            None where no statistics were asked for.
+        expected_value: [R] float32 E_p'[V].
+        kl: [R] float32 KL(p' || p) over the candidate set, in nats, >= 0.
+        status: [R] int32 `Status` bits.
+    """
+
+    log_p: Tensor
+    slot: Tensor
+    token_id: Tensor
+    length: Tensor
+    value: Tensor | None = None
+    expected_value: Tensor | None = None
+    kl: Tensor | None = None
+    status: Tensor | None = None

@@ -1,0 +1,110 @@
+"""Compile every kernel for one GPU generation, without a GPU: `python -m tests.kernels.compile_kernels 90`.
+
+Prints one JSON object a kernel: registers and bytes of stack and local memory (both 0 unless registers spill), from the
+assembler that comes with Triton. A process of its own, because the interpreter and the compiler exclude each other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lenvm_kernels.fused import candidates, tilt, value_head
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+TILT = {
+    **dict.fromkeys(["LOG_P", "SHARPNESS", "TOLERANCE", "BIAS", "OUT", "STATS", "MEAN"], "*fp32"),
+    **dict.fromkeys(["TOKEN", "MODE", "CONTROL", "TARGET", "EMITTED", "SEED", "SLOT", "CHOSEN"], "*i64"),
+    **dict.fromkeys(["STOP", "GREEDY"], "*u8"),
+    **{"Z": "*fp32", "LOG_Q": "*fp32", "CENTRE": "*fp64", "DECAY": "*fp64", "STATUS": "*i32"},
+}
+CUT = {
+    **dict.fromkeys(["TOP_ID", "STOPS", "TOP_K", "MODE", "CONTROL", "TARGET", "EMITTED", "TOKEN"], "*i64"),
+    **dict.fromkeys(["MASS", "TEMPERATURE", "TOP_P", "MIN_P", "LOG_P"], "*fp32"),
+    **{"LOGITS": "*bf16", "TOP": "*bf16", "STRICT": "*u8", "IS_STOP": "*u8"},
+}
+MASS = {"LOGITS": "*bf16", "TEMPERATURE": "*fp32", "STOPS": "*i64", "MASS": "*fp32"}
+
+
+def head(weights: str) -> dict[str, str]:
+    return {"HIDDEN": "*bf16", "PARTIAL": "*fp32", **dict.fromkeys(("W1", "B1", "W2", "B2"), weights)}
+
+
+TILES = {"BLOCK_M": value_head.BLOCK_M, "BLOCK_N": value_head.BLOCK_N, "BLOCK_H": value_head.BLOCK_H}
+
+
+def tilt_case(slots: int, bins: bool) -> tuple[str, Any, dict[str, str], dict[str, Any], int, int]:
+    constants = {"BLOCK_K": slots, "BLOCK_B": tilt.BLOCK_B, "HAS_Q": bins, "LENGTH_FROM_Q": bins}
+    name = f"tilt_sample K={slots}{' with bins' if bins else ''}"
+    return name, tilt.tilt_sample_kernel, TILT, constants, tilt.warps(slots, bins), 1
+
+
+CASES: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = [
+    tilt_case(16, True),
+    tilt_case(64, True),
+    tilt_case(16, False),
+    ("build_candidates: mass", candidates.mass_kernel, MASS, {"CHUNK": candidates.CHUNK, "BLOCK": 1024}, 4, 1),
+    ("build_candidates: cut", candidates.cut_kernel, CUT, {"BLOCK_N": 32, "BLOCK_PARTS": 32, "BOUNDS": True}, 1, 1),
+    *(
+        (
+            f"value_head {weights[1:]} weights",
+            value_head.value_head_kernel,
+            head(weights),
+            {**TILES, "UPCAST": weights == "*fp32"},
+            value_head.WARPS,
+            value_head.STAGES,
+        )
+        for weights in ("*fp32", "*bf16")
+    ),
+]
+
+SHORT = [CASES[0], *CASES[3:]]
+"""For the other generations: the shapes that serve."""
+
+
+def compile_case(
+    capability: int,
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+) -> dict[str, Any]:
+    """Compile one kernel as a launch of 16-byte aligned tensors would."""
+    types = {
+        p.name: "constexpr" if p.name in constants else pointers.get(p.name, "i32") for p in kernel.params
+    }  # what is no pointer is a size or a stride
+    aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params) if p.name in pointers}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    target = re.search(r"\.target (\S+)", compiled.asm["ptx"])
+    assert target
+    return {"kernel": name, "target": target[1], "warps": warps, "shared": compiled.metadata.shared, **found}
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    for case in CASES if capability == 90 else SHORT:
+        print(json.dumps(compile_case(capability, *case)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The dispatch point: which way a call goes, and that both ways agree. With a GPU, the kernels run on it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from lenvm.bins import LengthBins
+from lenvm.candidates import Candidates, SamplingRows
+from lenvm.format import LenvmConfig
+from lenvm.guidance import Control, GuidanceRows, Scores, guide, predicted_lengths, strict_bounds
+from lenvm.heads import ValueHead
+from lenvm.sampler import draw
+from lenvm_kernels import TiltSample, build_candidates, dispatch, tilt_sample, uses_triton, value_head
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENVM = LenvmConfig(gamma=0.997, bins=LengthBins.for_max_length(4000).centres)
+ROWS, VOCABULARY, HIDDEN = 64, 20_000, 96
+
+
+class Step:
+    """One guidance step of a mixed batch."""
+
+    def __init__(self, device: str) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.logits = (torch.randn(ROWS, VOCABULARY, generator=g) * 4).to(device)
+        self.sampling = SamplingRows(
+            torch.rand(ROWS, generator=g).to(device) + 0.5,
+            torch.tensor([VOCABULARY, 20]).repeat(ROWS // 2).to(device),
+            torch.full((ROWS,), 0.95, device=device),
+            torch.zeros(ROWS, device=device),
+        )
+        self.stops = self.logits.argsort(-1, descending=True)[:, 3:5]
+        self.hidden = torch.randn(ROWS, 16, HIDDEN, generator=g).to(device)
+        self.log_q = (torch.randn(ROWS, 16, len(LENVM.bins), generator=g) * 3).log_softmax(-1).to(device)
+        number = torch.arange(ROWS)
+        parameters = {
+            "mode": number % 3,
+            "control": number % 5,
+            "target": torch.full((ROWS,), 40),
+            "emitted": number,
+            "sharpness": torch.ones(ROWS),
+            "tolerance": (number % 3 == 0) * 0.1,
+            "strict": number % 7 == 0,
+            "bias": torch.full((ROWS,), -2.0),
+        }
+        self.rows = GuidanceRows(**{k: v.to(device) for k, v in parameters.items()})
+        self.seed, self.greedy = number.to(device) * 977, (number % 4 == 0).to(device)
+        self.head = ValueHead(HIDDEN).to(device)
+        torch.nn.init.constant_(self.head.w1, 0.05), torch.nn.init.constant_(self.head.w2, 0.2)
+
+    @torch.no_grad()
+    def run(self) -> tuple[Candidates, torch.Tensor, TiltSample]:
+        candidates = build_candidates(self.logits, self.sampling, self.stops, 16, self.rows, reach=20)
+        z = value_head(self.hidden, self.head)
+        sample = tilt_sample(candidates, Scores(z, self.log_q), self.rows, LENVM, self.seed, self.greedy)
+        return candidates, z, sample
+
+
+def test_a_whole_step_is_what_the_core_does() -> None:
+    """On a GPU: the kernels, against the core on the CPU."""
+    step, core = Step(DEVICE), Step("cpu")
+    candidates, z, sample = step.run()
+    assert uses_triton(step.logits) == (DEVICE == "cuda")
+    with torch.no_grad():
+        want_z = core.head(core.hidden)
+    ban, force = strict_bounds(core.rows)
+    want = dispatch.reference.core.build_candidates(core.logits, core.sampling, core.stops, 16, ban, force, 20)
+    scores = Scores(want_z, core.log_q)
+    log_p = guide(want, scores, core.rows, LENVM)
+    slot = draw(log_p, want.token_ids, core.seed, core.rows.emitted, core.greedy)
+    assert torch.equal(candidates.token_ids.cpu()[want.kept], want.token_ids[want.kept])
+    assert torch.allclose(candidates.log_p.cpu().exp(), want.log_p.exp(), atol=1e-6)
+    assert torch.allclose(z.cpu(), want_z, atol=1e-4)
+    assert torch.allclose(sample.log_p.cpu().exp(), log_p.exp(), atol=1e-4)
+    assert (sample.slot.cpu() == slot).float().mean() > 0.98  # on the CPU: all
+    length = predicted_lengths(want, scores, LENVM).gather(1, slot[:, None])[:, 0]
+    assert torch.allclose(sample.length.cpu(), length, rtol=1e-3) or DEVICE == "cuda"
+
+
+def test_statistics_are_optional_on_the_reference() -> None:
+    step = Step("cpu")
+    candidates = build_candidates(step.logits, step.sampling, step.stops, 16, step.rows, reach=20)
+    z = torch.zeros(ROWS, 16)
+    args = (candidates, Scores(z, step.log_q), step.rows, LENVM, step.seed, step.greedy)
+    with_, without = tilt_sample(*args), tilt_sample(*args, statistics=False)
+    assert torch.equal(with_.token_id, without.token_id)
+    assert without.kl is None and with_.kl is not None and (with_.kl >= 0).all()
+    assert with_.status is not None and (with_.status[step.rows.control == Control.BIAS] == 0).all()
+
+
+def test_imports_without_triton_and_knows_no_host() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import lenvm_kernels, torch; "
+        "print(lenvm_kernels.uses_triton(torch.zeros(1)), {'sglang', 'lenvm_sglang'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False set()", done.stderr
