@@ -108,7 +108,7 @@ class LengthValueTrainer(Trainer):
         """transformers' loader; only training packs, evaluation looks at one completion a row."""
         if not self.finetuning_args.lenvm_shared_prefix:
             return super().get_train_dataloader()
-        plain = self.data_collator
+        plain: Any = self.data_collator  # type: ignore[has-type]
         self.data_collator = SharedPrefixCollator(plain.pad_token_id, plain.multiple_of)
         try:
             return super().get_train_dataloader()
