@@ -63,6 +63,11 @@ def test_explicit_route_in_torchrun_ranks_equals_one_process(world: Any) -> None
     """`lenvm-train` without the .pth, two ranks on gloo = one process with accumulation 2, step by step (Eq. 9)."""
 
     common = {"disable_shuffling": True, "max_steps": 3, "learning_rate": 3e-4, "logging_steps": 1}
+    common |= {
+        "eval_dataset": "held_out",
+        "do_eval": True,
+        "per_device_eval_batch_size": 4,
+    }  # 15 rows: an odd last batch
     one = world.fit(world.root / "acc2", per_device_train_batch_size=6, gradient_accumulation_steps=2, **common)
     env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     two = world.train(
@@ -70,6 +75,9 @@ def test_explicit_route_in_torchrun_ranks_equals_one_process(world: Any) -> None
     )
     for key in ("loss", "value_loss", "length_nll", "grad_norm"):
         assert world.steps(two, key) == pytest.approx(world.steps(one, key), rel=2e-5), key
+    found, wanted = (json.loads((run / "eval_results.json").read_text()) for run in (two, one))
+    for key in wanted.keys() - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}:
+        assert found[key] == pytest.approx(wanted[key], rel=2e-3), key
 
 
 def interpreter(code: str, **env: str) -> str:
