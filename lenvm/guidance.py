@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,6 +111,18 @@ def strict_bounds(rows: GuidanceRows) -> tuple[Tensor, Tensor]:
     return ban, force
 
 
+class Guided(NamedTuple):
+    """What the rules make of R rows.
+
+    Attributes:
+        log_p: [R, K] float32 log p' of each candidate, normalised; -inf in empty slots and for excluded candidates.
+        fell_back: [R] bool, the rule gave no distribution (NaN scores, no candidate with a weight) and the row keeps p.
+    """
+
+    log_p: Tensor
+    fell_back: Tensor
+
+
 def guide(
     candidates: Candidates,
     scores: Scores,
@@ -117,7 +130,18 @@ def guide(
     lenvm: LenvmConfig,
     present: Collection[Control] | None = None,
 ) -> Tensor:
-    """log p' of each candidate, normalised; -inf in empty slots and for candidates a rule excludes.
+    """`guide_rows`, the distributions alone."""
+    return guide_rows(candidates, scores, rows, lenvm, present).log_p
+
+
+def guide_rows(
+    candidates: Candidates,
+    scores: Scores,
+    rows: GuidanceRows,
+    lenvm: LenvmConfig,
+    present: Collection[Control] | None = None,
+) -> Guided:
+    """The distribution p' over each candidate set.
 
     A row whose result is not a distribution (NaN scores, every candidate excluded) keeps p.
 
@@ -129,7 +153,7 @@ def guide(
         present: the controls that occur in `rows`, where the host knows them: the other rules are not computed.
 
     Returns:
-        [R, K] float32. Does not synchronise with the host.
+        Log-probabilities and the rows that fell back. Does not synchronise with the host.
     """
     log_p = candidates.log_p
     result = log_p
@@ -140,7 +164,8 @@ def guide(
         result = torch.where(chosen, rule(candidates, scores, rows, lenvm), result)
     result = result.masked_fill(~candidates.kept, -torch.inf)
     total = torch.logsumexp(result, dim=-1, keepdim=True)
-    return torch.where(total.isfinite(), result - total, log_p)
+    valid = total.isfinite()
+    return Guided(torch.where(valid, result - total, log_p), ~valid[:, 0])
 
 
 def predicted_lengths(candidates: Candidates, scores: Scores, lenvm: LenvmConfig) -> Tensor:
@@ -156,12 +181,12 @@ def predicted_lengths(candidates: Candidates, scores: Scores, lenvm: LenvmConfig
 def posterior(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:
     """Posterior control: p'(x) ~ p(x) (w(x) + floor)^a with w(x) = sum_n q(n | s+x) K(n), w(stop) = K(0).
 
-    The base model conditioned on the length. If every weight of a row vanishes, p is kept.
+    The base model conditioned on the length. If every weight of a row vanishes, the row is NaN and `guide` keeps p.
     """
     weight = posterior_weights(candidates, scores, rows, lenvm)
     alive = weight.amax(-1, keepdim=True) > FLOOR
     tilted = candidates.log_p + rows.sharpness[:, None] * (weight + FLOOR).log()
-    return torch.where(alive, tilted, candidates.log_p)
+    return torch.where(alive, tilted, torch.nan)
 
 
 def posterior_weights(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:

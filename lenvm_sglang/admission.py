@@ -6,6 +6,7 @@ import copy
 import logging
 import secrets
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from lenvm.request import LengthFieldError, LengthRequest
@@ -15,6 +16,10 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_KEY = "lenvm_sample"
 """Entry of `custom_params` that tells the `n` answers of one request apart; ours, refused from clients."""
+SEQUENCE_KEY = "lenvm_sequence_from"
+"""Entry of `custom_params` of a request behind `POST /lenvm/values`; ours, refused from clients."""
+sequence_from: ContextVar[int | None] = ContextVar("lenvm_sequence_from", default=None)
+"""In a task of `POST /lenvm/values`: the position of the last prompt token."""
 NAMESPACE = f"lenvm-{secrets.token_hex(16)}"
 """Radix-tree namespace of requests with length fields: a prefix in it always has value KV. Random, so that no client
 can name it in `extra_key`."""
@@ -176,7 +181,30 @@ def admit(req: Any, served: bool, default_stop_token_ids: frozenset[int]) -> Non
         min_p=params.min_p,
         greedy=greedy,
     )
+    begin = custom.get(SEQUENCE_KEY)
+    if begin is not None:
+        behind = enumerate(req.origin_input_ids[begin + 1 :], start=begin + 1)
+        req.lenvm_state.sequence_from = begin
+        req.lenvm_state.sequence_stops = frozenset(position for position, token in behind if token in stops)
     req.extra_key = NAMESPACE if req.extra_key is None else f"{NAMESPACE}/{req.extra_key}"
+
+
+def reusable_prefix(req: Any, limit: int) -> int:
+    """How much of a cached prefix a request may reuse: one whose every state is wanted has to read those states.
+
+    Args:
+        req: the host's request.
+        limit: the host's own limit, in tokens.
+    """
+    state = state_of(req)
+    return limit if state is None or state.sequence_from is None else min(limit, state.sequence_from)
+
+
+def mark_sequence(tokenized: Any) -> None:
+    """Tell the scheduler that a request wants every state (after the gates that refuse this key from clients)."""
+    begin = sequence_from.get()
+    if begin is not None:
+        tokenized.sampling_params.custom_params[SEQUENCE_KEY] = begin
 
 
 def number_samples(tokenized: Any) -> None:

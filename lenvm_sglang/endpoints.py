@@ -1,157 +1,231 @@
-"""Endpoints of our own: `GET /lenvm/info` and `POST /lenvm/predict`."""
+"""Endpoints of our own: `GET /lenvm/info`, `POST /lenvm/predict`, `POST /lenvm/values` and the page `GET /lenvm`.
+
+They are ordinary routes of the host's application, so its API key, its CORS and its error pages hold for them too.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
-from lenvm_sglang.outputs import REPORT_KEY
-from lenvm_sglang.responses import collected
+from lenvm_sglang import admission
+from lenvm_sglang.outputs import REPORT_KEY, SEQUENCE_COLUMNS
+from lenvm_sglang.schemas import (
+    Finished,
+    Message,
+    Prediction,
+    PredictRequest,
+    Values,
+    ValuesRequest,
+    problems,
+)
 
-Message = dict[str, Any]
-_ONE_TOKEN = {"temperature": 0.0, "max_new_tokens": 1}
-_WANT_VALUES = {"return_length_values": True}
+T = TypeVar("T")
+ChatPrompt = Callable[[Any, Any], "list[int] | str"]
+"""From the application and a ChatCompletionRequest to the prompt that the host makes of it."""
 
 
-class PredictRequest(BaseModel):
-    """Body of `POST /lenvm/predict`: exactly one of the three.
+@dataclass(frozen=True)
+class Host:
+    """What the endpoints need of the host.
 
     Attributes:
-        prompt: a text, token ids, or a list of either.
-        messages: one conversation.
-        conversations: many.
-        chat_template_kwargs: for the last two.
+        app: its application.
+        tokenizer_manager: its front end.
+        chat_prompt: renders conversations.
+        vocabulary: token ids are below it.
+        context_length: in tokens.
     """
 
-    model_config = ConfigDict(extra="forbid")
-    prompt: str | list[int] | list[str] | list[list[int]] | None = None
-    messages: list[Message] | None = None
-    conversations: list[list[Message]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    model: str | None = None
+    app: Any
+    tokenizer_manager: Any
+    chat_prompt: ChatPrompt
+    vocabulary: int
+    context_length: int
 
-    @model_validator(mode="after")
-    def _one_source(self) -> PredictRequest:
-        given = [n for n in ("prompt", "messages", "conversations") if getattr(self, n) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of prompt, messages, conversations, got {given or 'none'}")
-        if getattr(self, given[0]) in ([], "", [[]]):
-            raise ValueError(f"{given[0]} is empty")
-        return self
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a prompt, as the host tokenises it."""
+        return list(self.tokenizer_manager.tokenizer.encode(text))
+
+    def completion_ids(self, completion: str | list[int]) -> list[int]:
+        """Token ids of what follows a prompt."""
+        if isinstance(completion, list):
+            return completion
+        return list(self.tokenizer_manager.tokenizer.encode(completion, add_special_tokens=False))
+
+    def chat_ids(self, messages: list[Message], template: dict[str, Any] | None) -> list[int]:
+        """Token ids of a conversation.
+
+        Raises:
+            ValueError: the host refuses it.
+        """
+        from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+
+        chat = ChatCompletionRequest(model="default", messages=messages, max_tokens=1, chat_template_kwargs=template)
+        prompt = self.chat_prompt(self.app, chat)
+        return self.text_ids(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def check(self, ids: Sequence[int], what: str) -> None:
+        """Refuse what the model cannot read, and lengths that leave no room for a token.
+
+        Raises:
+            ValueError: saying which.
+        """
+        wrong = next((i for i in ids if not 0 <= i < self.vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"{what} has the token id {wrong}; token ids are from 0 to {self.vocabulary - 1}.")
+        if not ids:
+            raise ValueError(f"{what} has no tokens.")
+        if len(ids) >= self.context_length:
+            raise ValueError(
+                f"{what} has {len(ids)} tokens; the server's context of {self.context_length} leaves room for "
+                f"{self.context_length - 1}."
+            )
+
+    async def read(self, ids: list[int], request: Any) -> dict[str, Any]:
+        """One request that reads `ids` and draws a token nobody wants; its `lenvm` object."""
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        params = {"temperature": 0.0, "max_new_tokens": 1, "custom_params": {"return_length_values": True}}
+        outputs: AsyncIterator[dict[str, Any]] = self.tokenizer_manager.generate_request(
+            GenerateReqInput(input_ids=ids, sampling_params=params), request
+        )
+        async for out in outputs:
+            if REPORT_KEY in out:
+                return dict(out[REPORT_KEY])
+        raise ValueError("the server gave no answer.")
 
 
-class Prediction(BaseModel):
-    """Predicted completion length of one prompt, in tokens, stop token included."""
-
-    object: Literal["lenvm.prediction"] = "lenvm.prediction"
-    index: int
-    predicted_length: float
-    quantiles: dict[str, float]
-    prompt_tokens: int
-
-
-class PredictError(ValueError):
-    """A prompt the host refuses."""
-
-
-def mount(app: Any, tokenizer_manager: Any, info: dict[str, Any] | None) -> None:
+def mount(host: Host, info: dict[str, Any] | None) -> None:
     """Add the endpoints to the host's application; without a LenVM they answer 404 like any unknown path."""
     if info is None:
         return
     from fastapi import Request
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import HTMLResponse, JSONResponse
 
     def refuse(message: str) -> JSONResponse:
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": 400}
         return JSONResponse({"error": error}, status_code=400)
 
+    async def answer(work: Callable[[bytes], Coroutine[Any, Any, Sequence[BaseModel]]], body: bytes) -> JSONResponse:
+        try:
+            data = await work(body)
+        except ValidationError as error:
+            return refuse(problems(error))
+        except ValueError as error:
+            return refuse(str(error))
+        return JSONResponse({"object": "list", "data": [one.model_dump() for one in data]})
+
     async def lenvm_info() -> dict[str, Any]:
+        """The length value model of this server."""
         return info
 
     async def lenvm_predict(request: Request) -> JSONResponse:
-        try:
-            body = PredictRequest.model_validate_json(await request.body())
-            data = await _predict(body, request, tokenizer_manager)
-        except ValidationError as error:
-            return refuse(_problems(error))
-        except ValueError as error:
-            return refuse(str(error))
-        return JSONResponse({"object": "list", "data": [p.model_dump() for p in data]})
+        """Predicted completion length of prompts or conversations; nothing is generated."""
+        return await answer(lambda body: _predict(host, body, request), await request.body())
 
-    # the annotation is a local name, which FastAPI cannot look up from a string
-    lenvm_predict.__annotations__["request"] = Request
-    app.add_api_route("/lenvm/info", lenvm_info, methods=["GET"])
-    app.add_api_route("/lenvm/predict", lenvm_predict, methods=["POST"], response_model=None)
+    async def lenvm_values(request: Request) -> JSONResponse:
+        """Value, predicted remaining length and quantiles at every token of given completions."""
+        return await answer(lambda body: _values(host, body, request), await request.body())
 
+    async def lenvm_page() -> HTMLResponse:
+        """A page to try length control in."""
+        return HTMLResponse(page())
 
-async def _predict(body: PredictRequest, request: Any, tokenizer_manager: Any) -> list[Prediction]:
-    """One decoding step for each prompt, which the prompt boundary's prediction travels with.
-
-    Raises:
-        ValueError: the host refuses a prompt (too long, a bad conversation).
-    """
-    conversations = body.conversations if body.messages is None else [body.messages]
-    if conversations is not None:
-        chats = (_predict_chat(i, c, body, request) for i, c in enumerate(conversations))
-        return list(await asyncio.gather(*chats))
-    from sglang.srt.managers.io_struct import GenerateReqInput
-
-    prompt = body.prompt
-    single = isinstance(prompt, str) or isinstance(prompt[0], int)  # type: ignore[index]
-    prompts = [prompt] if single else prompt
-    name = "text" if isinstance(prompts[0], str) else "input_ids"  # type: ignore[index]
-    params = {**_ONE_TOKEN, "custom_params": _WANT_VALUES}
-    outputs = tokenizer_manager.generate_request(
-        GenerateReqInput(**{name: prompts, "sampling_params": params}), request
-    )
-    async for batch in outputs:
-        return [_prediction(i, out[REPORT_KEY], out["meta_info"]["prompt_tokens"]) for i, out in enumerate(batch)]
-    raise PredictError("the server gave no answer.")
+    for handler in (lenvm_predict, lenvm_values):
+        handler.__annotations__["request"] = Request  # a local name, which FastAPI cannot look up from a string
+    add = host.app.add_api_route
+    add("/lenvm/info", lenvm_info, methods=["GET"])
+    add("/lenvm/predict", lenvm_predict, methods=["POST"], response_model=None)
+    add("/lenvm/values", lenvm_values, methods=["POST"], response_model=None)
+    add("/lenvm", lenvm_page, methods=["GET"], response_model=None, include_in_schema=False)
 
 
-async def _predict_chat(index: int, messages: list[Message], body: PredictRequest, request: Any) -> Prediction:
-    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
-
-    chat = ChatCompletionRequest(
-        model=body.model or "default",
-        messages=messages,
-        max_tokens=1,
-        temperature=0.0,
-        custom_params=_WANT_VALUES,
-        chat_template_kwargs=body.chat_template_kwargs,
-    )
-    reports: dict[int, Any] = {}
-    token = collected.set(reports)
-    try:
-        response = await request.app.state.openai_serving_chat.handle_request(chat, request)
-    finally:
-        collected.reset(token)
-    if 0 not in reports:
-        raise PredictError(_host_message(response))
-    return _prediction(index, reports[0], response.usage.prompt_tokens)
+def page() -> str:
+    """The page of `GET /lenvm`: one file, no outside scripts."""
+    return resources.files("lenvm_sglang").joinpath("page.html").read_text(encoding="utf-8")
 
 
-def _host_message(response: Any) -> str:
-    """The sentence of an error that the host answered."""
-    try:
-        body = json.loads(response.body)
-        return str(body.get("error", body)["message"])
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return "the server gave no answer."
+async def _predict(host: Host, raw: bytes, request: Any) -> list[Prediction]:
+    """Raises: ValueError, what the client must be told."""
+
+    def prompts() -> list[list[int]]:
+        body = PredictRequest.model_validate_json(raw)
+        conversations = body.conversations if body.messages is None else [body.messages]
+        if conversations is not None:
+            found = [host.chat_ids(messages, body.chat_template_kwargs) for messages in conversations]
+        else:
+            prompt: Any = body.prompt
+            many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+            found = [host.text_ids(p) if isinstance(p, str) else p for p in many]
+        for i, ids in enumerate(found):
+            host.check(ids, f"prompt {i}")
+        return found
+
+    asked = await asyncio.to_thread(prompts)
+    reports = await _all(host.read(ids, request) for ids in asked)
+    return [
+        Prediction(
+            index=i, predicted_length=r["predicted_length"], quantiles=r["quantiles"], prompt_tokens=len(asked[i])
+        )
+        for i, r in enumerate(reports)
+    ]
 
 
-def _problems(error: ValidationError) -> str:
-    parts = (f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors())
-    return f"{'; '.join(parts)}.".replace("Value error, ", "")
+async def _values(host: Host, raw: bytes, request: Any) -> list[Values]:
+    """Raises: ValueError, what the client must be told."""
+
+    def sequences() -> list[tuple[list[int], list[int]]]:
+        found = []
+        for i, item in enumerate(ValuesRequest.model_validate_json(raw).all):
+            prompt, completion = _prompt_ids(host, item), host.completion_ids(item.completion or "")
+            host.check(prompt, f"the prompt of item {i}")
+            host.check(completion, f"the completion of item {i}")
+            host.check([*prompt, *completion], f"item {i}")
+            found.append((prompt, completion))
+        return found
+
+    async def one(prompt: list[int], completion: list[int]) -> list[list[float]]:
+        admission.sequence_from.set(len(prompt) - 1)  # this task's alone
+        rows = (await host.read(prompt + completion, request))["sequence"]
+        if len(rows) != len(completion) + 1:
+            raise RuntimeError(f"lenvm: {len(rows)} states of a completion of {len(completion)} tokens came back.")
+        return list(rows)
+
+    asked = await asyncio.to_thread(sequences)
+    results = await _all(one(prompt, completion) for prompt, completion in asked)
+    return [_columns(i, *asked[i], rows) for i, rows in enumerate(results)]
 
 
-def _prediction(index: int, report: dict[str, Any], prompt_tokens: int) -> Prediction:
-    return Prediction(
+def _prompt_ids(host: Host, item: Finished) -> list[int]:
+    if item.messages is not None:
+        return host.chat_ids(item.messages, item.chat_template_kwargs)
+    return host.text_ids(item.prompt) if isinstance(item.prompt, str) else list(item.prompt or ())
+
+
+def _columns(index: int, prompt: list[int], completion: list[int], rows: list[list[float]]) -> Values:
+    columns = dict(zip(SEQUENCE_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
+    return Values(
         index=index,
-        predicted_length=report["predicted_length"],
-        quantiles=report["quantiles"],
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=len(prompt),
+        completion_tokens=len(completion),
+        token_ids=completion,
+        values=columns.pop("value"),
+        remaining=columns.pop("remaining"),
+        quantiles=columns,
     )
+
+
+async def _all(work: Any) -> list[Any]:
+    """Results of coroutines that run side by side; the first failure ends the others."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -14,7 +14,7 @@ from typing import Any
 from lenvm.request import FIELD_NAMES, PREFIX, LengthFieldError, LengthRequest
 from lenvm_sglang.admission import UNSUPPORTED_COMPANIONS, check_companions, check_custom_params, parse_fields
 from lenvm_sglang.outputs import REPORT_KEY
-from lenvm_sglang.responses import Report, collected
+from lenvm_sglang.responses import DELTA_KEY, Collected, collected
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -193,7 +193,7 @@ class LengthFieldsMiddleware:
         if not guided:
             await self.app(scope, replay, send)
             return
-        token = collected.set({})
+        token = collected.set(Collected())
         try:
             await self.app(scope, replay, _Annotator(send, path))
         finally:
@@ -288,7 +288,7 @@ class _Annotator:
             return
         assert self.start is not None
         body = json.loads(self.pending)
-        annotate(body, collected.get() or {})
+        annotate(body, collected.get() or Collected())
         payload = json.dumps(body, ensure_ascii=False).encode()
         length = str(len(payload)).encode()
         headers = [(k, length if k == b"content-length" else v) for k, v in self.start["headers"]]
@@ -314,13 +314,14 @@ def _annotate_event(event: bytes) -> bytes:
         body = json.loads(payload)
     except ValueError:
         return event
-    if annotate(body, collected.get() or {}):
+    if annotate(body, collected.get() or Collected()):
         return b"data: " + json.dumps(body, ensure_ascii=False).encode()
     return event
 
 
-def annotate(body: Any, reports: dict[int, Report]) -> bool:
-    """Add `lenvm` to each finished choice, and to the top level (that of the lowest finished choice).
+def annotate(body: Any, said: Collected) -> bool:
+    """Add `lenvm` to each finished choice, and to the top level (that of the lowest finished choice); and the waiting
+    `lenvm_delta` to a streamed choice that brings text or ends.
 
     Returns:
         Whether anything was added.
@@ -328,10 +329,19 @@ def annotate(body: Any, reports: dict[int, Report]) -> bool:
     choices = body.get("choices") if isinstance(body, dict) else None
     added = False
     for choice in choices or ():
-        report = reports.get(choice.get("index", 0))
-        if report is not None and choice.get("finish_reason") is not None:
+        index, finished = choice.get("index", 0), choice.get("finish_reason") is not None
+        if index in said.deltas and (finished or _brings_text(choice)):
+            choice[DELTA_KEY] = said.deltas.pop(index)
+            added = True
+        report = said.reports.get(index)
+        if report is not None and finished:
             choice[REPORT_KEY] = report
-            if not added:
-                body[REPORT_KEY] = report
+            body.setdefault(REPORT_KEY, report)
             added = True
     return added
+
+
+def _brings_text(choice: Fields) -> bool:
+    """Whether a streamed choice is more than the announcement of a role."""
+    delta = choice.get("delta") or {}
+    return bool(choice.get("text") or any(delta.get(n) for n in ("content", "reasoning_content", "tool_calls")))

@@ -18,6 +18,8 @@ REPORT_KEY = "lenvm"
 """Key of our entry in the host's customised metadata."""
 QUANTILES = (0.1, 0.5, 0.9)
 """Quantiles of the completion length reported at the prompt boundary."""
+SEQUENCE_COLUMNS = ("value", "remaining", *(f"p{round(100 * p)}" for p in QUANTILES))
+"""Of one state of a sequence: V in (-1, 0], then the remaining length and its quantiles in tokens."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,35 @@ class HostLengthOutput:
                     state.predicted_length, *state.quantiles = length
             elif commits[row] is not None:
                 state.values.append(length)
+
+
+@dataclass(frozen=True)
+class SequenceOutput:
+    """Every state of a piece of a sequence, on the device and after the copy alike.
+
+    Attributes:
+        state: the request.
+        start: how many of its states came before.
+        after_stop: [n] bool on the host, the states that follow a stop token: nothing remains there, by definition.
+        columns: [n, len(SEQUENCE_COLUMNS)] float32.
+    """
+
+    state: RequestState
+    start: int
+    after_stop: list[bool]
+    columns: Tensor
+
+    def copy_to_host(self, copy_tensor: Callable[[Tensor], Tensor]) -> SequenceOutput:
+        """Called by the host when it copies the sampled tokens."""
+        return SequenceOutput(self.state, self.start, self.after_stop, copy_tensor(self.columns))
+
+    def consume(self, batch: Any, commits: Sequence[Any]) -> None:
+        """Called by the host after each chunk of the sequence; a sequence read again replaces what it had."""
+        kept = self.state.sequence
+        assert self.start <= len(kept), f"states {len(kept)} to {self.start} of a sequence were never read"
+        nothing = [0.0] * len(SEQUENCE_COLUMNS)
+        rows = zip(self.columns.tolist(), self.after_stop, strict=True)
+        kept[self.start :] = [nothing if ended else row for row, ended in rows]
 
 
 def reporting_streamer(base: type, state_of: Callable[[Any], RequestState | None]) -> type:

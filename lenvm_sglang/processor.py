@@ -7,7 +7,9 @@ and random numbers cannot act on it a second time.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,12 +19,15 @@ from torch import Tensor
 from lenvm.candidates import Candidates, build_candidates
 from lenvm.definitions import length_from_logit
 from lenvm.format import LenvmConfig
-from lenvm.guidance import Scores, guide, predicted_lengths, strict_bounds
+from lenvm.guidance import Scores, guide_rows, predicted_lengths, strict_bounds
 from lenvm.lognormal import lognormal_log_q
 from lenvm.sampler import draw
-from lenvm_sglang.outputs import QUANTILES, LengthOutput
+from lenvm_sglang.metrics import FallbackOutput, StepMetrics
+from lenvm_sglang.outputs import QUANTILES, LengthOutput, SequenceOutput
 from lenvm_sglang.state import to_device
-from lenvm_sglang.worker import LengthRows, ValueWorker
+from lenvm_sglang.worker import LengthRows, Read, ValueWorker
+
+_STATES_AT_ONCE = 256
 
 
 @dataclass
@@ -51,7 +56,7 @@ class SamplingStep:
     scale_logprobs: bool
     index: Tensor | None = None
     base_logprobs: Tensor | None = None
-    outputs: list[LengthOutput] = field(default_factory=list)
+    outputs: list[LengthOutput | FallbackOutput] = field(default_factory=list)
 
 
 class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
@@ -61,8 +66,12 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
     client bytes and does not need `--enable-custom-logit-processor`.
     """
 
-    def __init__(self, worker: ValueWorker) -> None:
+    def __init__(self, worker: ValueWorker, metrics: StepMetrics | None = None) -> None:
         self.worker = worker
+        self.metrics = metrics
+
+    def _timed(self, phase: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.metrics is None else self.metrics.timed(phase)
 
     def __call__(self, logits: Tensor, custom_param_list: list[dict[str, Any]] | None = None) -> Tensor:
         """The host's interface for processors without access to the KV cache; this one acts in `steer`.
@@ -72,14 +81,44 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         """
         raise RuntimeError("LengthValueLogitProcessor needs the forward batch; the plug-in calls steer().")
 
-    def follow(self, batch: Any, rows: LengthRows) -> LengthOutput | None:
-        """After each forward of the base model: value KV of what it read, and predictions at the prompt boundary."""
-        scores = self.worker.follow(batch, rows)
+    def follow(self, batch: Any, rows: LengthRows) -> list[LengthOutput | SequenceOutput]:
+        """After each forward of the base model: value KV of what it read, predictions at the prompt boundary, and
+        every state of a sequence that is only read."""
+        with self._timed("read"):
+            return self._follow(batch, rows)
+
+    def _follow(self, batch: Any, rows: LengthRows) -> list[LengthOutput | SequenceOutput]:
+        read = self.worker.follow(batch, rows)
+        if read is None:
+            return []
+        ends = list(accumulate(read.lengths))
+        outputs: list[LengthOutput | SequenceOutput] = []
         wanted = [i for i, state in enumerate(rows.states) if rows.draws[i] and state.predicted_length is None]
-        if scores is None or not wanted:
-            return None
-        lengths = prompt_lengths(scores, self.worker.lenvm)[to_device(wanted, torch.int64, scores.z.device)]
-        return LengthOutput([rows.index[i] for i in wanted], [rows.states[i] for i in wanted], lengths, at_prompt=True)
+        if wanted:
+            lengths = prompt_lengths(self.worker.scores(read, [ends[i] - 1 for i in wanted]), self.worker.lenvm)
+            index, states = [rows.index[i] for i in wanted], [rows.states[i] for i in wanted]
+            outputs.append(LengthOutput(index, states, lengths, at_prompt=True))
+        for i, state in enumerate(rows.states):
+            if state.sequence_from is None:
+                continue
+            begin = max(read.prefixes[i], state.sequence_from)
+            fresh = read.prefixes[i] + read.lengths[i] - begin
+            if fresh > 0:
+                tokens = range(ends[i] - fresh, ends[i])
+                after_stop = [position in state.sequence_stops for position in range(begin, begin + fresh)]
+                columns = self._columns(read, tokens)
+                outputs.append(SequenceOutput(state, begin - state.sequence_from, after_stop, columns))
+        return outputs
+
+    def _columns(self, read: Read, tokens: range) -> Tensor:
+        """`SEQUENCE_COLUMNS` of the states after `tokens`, [len(tokens), 5]; in pieces, because quantiles take a row
+        of the longest trained length for each state."""
+        pieces = []
+        for start in range(0, len(tokens), _STATES_AT_ONCE):
+            scores = self.worker.scores(read, tokens[start : start + _STATES_AT_ONCE])
+            value = -torch.sigmoid(scores.z.float())
+            pieces.append(torch.cat([value[:, None], prompt_lengths(scores, self.worker.lenvm)], dim=-1))
+        return torch.cat(pieces)
 
     def begin(self, batch: Any, rows: LengthRows, logits: Tensor, scale_logprobs: bool) -> SamplingStep:
         """Open a sampling step."""
@@ -98,9 +137,12 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
 
         Called between the host's last change of the logits and its sampler. Does not wait for a CUDA device.
         """
-        if step.steered is None:
-            return
-        worker, batch, rows = self.worker, step.batch, step.steered
+        if step.steered is not None:
+            with self._timed("choose"):
+                self._steer(step, step.steered)
+
+    def _steer(self, step: SamplingStep, rows: LengthRows) -> None:
+        worker, batch = self.worker, step.batch
         device = step.logits.device
         index = to_device(rows.index, torch.int64, device)
         slots = batch.req_pool_indices[index].long()
@@ -128,8 +170,13 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             candidates = narrow(candidates, int(candidates.kept.sum(-1).max()))
         scores = worker.score(slots, lengths, longest_sequence(batch, rows), candidates)
         present = {state.request.control_code for state in rows.states}
-        log_p = guide(candidates, scores, parameters.guidance, worker.lenvm, present)
-        choice = draw(log_p, candidates.token_ids, parameters.seed, parameters.guidance.emitted, parameters.greedy)
+        guided = guide_rows(candidates, scores, parameters.guidance, worker.lenvm, present)
+        if self.metrics is not None:
+            broken = guided.fell_back & ~finite_rows(candidates, scores)
+            step.outputs.append(FallbackOutput(self.metrics, torch.stack([broken, guided.fell_back & ~broken])))
+        choice = draw(
+            guided.log_p, candidates.token_ids, parameters.seed, parameters.guidance.emitted, parameters.greedy
+        )
         token = candidates.token_ids.gather(-1, choice[:, None])
         step.logits[index] = torch.full_like(logits, -torch.inf).scatter_(-1, token, 0.0)
         worker.remember(slots, choice)
@@ -183,6 +230,15 @@ def prompt_lengths(scores: Scores, lenvm: LenvmConfig) -> Tensor:
         log_q, bins = lognormal_log_q(scores.z, lenvm)
         expected = length_from_logit(scores.z, lenvm.gamma)
     return torch.stack([expected, *(bins.quantile(log_q, p).float() for p in QUANTILES)], dim=-1)
+
+
+def finite_rows(candidates: Candidates, scores: Scores) -> Tensor:
+    """[R] bool: the value model gave finite numbers for every candidate that is read."""
+    read = candidates.kept & ~candidates.is_stop
+    finite = scores.z.isfinite()
+    if scores.length_log_q is not None:
+        finite = finite & ~scores.length_log_q.isnan().any(-1)
+    return (finite | ~read).all(-1)
 
 
 def narrow(candidates: Candidates, width: int) -> Candidates:

@@ -1,14 +1,17 @@
 """The `lenvm` object of responses: from the host's metadata to the client.
 
-The host's front end hands finished outputs through one async generator (`TokenizerManager.generate_request`), inside
-the task of the HTTP request. There the object is built; the ASGI middleware, which started the task, finds it in a
-context variable and writes it into OpenAI-shaped bodies, whose own schemas drop unknown fields.
+The host's front end hands outputs through one async generator (`TokenizerManager.generate_request`), inside the task
+of the HTTP request. There the object is built; the ASGI middleware, which started the task, finds it in a context
+variable and writes it into OpenAI-shaped bodies, whose own schemas drop unknown fields.
+
+Streams with `return_length_values` also get a `lenvm_delta` in every chunk that brings new tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from lenvm.request import LengthRequest
@@ -16,9 +19,69 @@ from lenvm_sglang.outputs import QUANTILES, REPORT_KEY
 
 Report = dict[str, Any]
 """`{"predicted_length", "target", "mode", "achieved"}`; with `return_length_values` also "values" and "quantiles"."""
+DELTA_KEY = "lenvm_delta"
+"""Entry of streamed outputs: `{"predicted_length", "values"}`, the values those of the tokens that are new."""
 
-collected: ContextVar[dict[int, Report] | None] = ContextVar("lenvm_collected", default=None)
-"""Reports of the current HTTP request by choice index; None outside a request with length fields."""
+
+@dataclass
+class Collected:
+    """What the outputs of one HTTP request said.
+
+    Attributes:
+        reports: of finished choices, by index.
+        deltas: not yet sent, by index of the choice.
+    """
+
+    reports: dict[int, Report] = field(default_factory=dict)
+    deltas: dict[int, Report] = field(default_factory=dict)
+
+
+collected: ContextVar[Collected | None] = ContextVar("lenvm_collected", default=None)
+"""Of the current HTTP request; None outside a request with length fields."""
+
+
+@dataclass
+class Progress:
+    """What the front end has heard of one running request.
+
+    Attributes:
+        request: its length fields.
+        stream: it is answered piece by piece.
+        predicted_length, quantiles: at the prompt boundary, in tokens.
+        values: predicted remaining length after each token so far.
+        sent: how many of them have gone into deltas.
+        sequence: every state of a sequence that is only read (`lenvm_sglang.outputs.SEQUENCE_COLUMNS`).
+    """
+
+    request: LengthRequest
+    stream: bool
+    predicted_length: float | None = None
+    quantiles: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    sent: int = 0
+    sequence: list[list[float]] | None = None
+
+    def take_delta(self, until: int) -> Report | None:
+        """Values up to token `until` that have not been sent; None if there are none."""
+        assert self.sent <= until <= len(self.values)
+        fresh, self.sent = self.values[self.sent : until], until
+        return {"predicted_length": self.predicted_length, "values": fresh} if fresh else None
+
+    def report(self, completion_tokens: int) -> Report:
+        """The `lenvm` object of the finished request."""
+        if self.sequence is not None:
+            return {"sequence": self.sequence}
+        request = self.request
+        report: Report = {
+            "predicted_length": self.predicted_length,
+            "target": request.target,
+            "mode": request.mode if request.target is not None else None,
+            "achieved": completion_tokens,
+        }
+        if request.return_values:
+            report["values"] = self.values
+            report["quantiles"] = dict(zip((f"p{round(100 * p)}" for p in QUANTILES), self.quantiles, strict=False))
+        return report
 
 
 def split_metadata(customized: Mapping[str, list[Any]], index: int) -> tuple[dict[str, list[Any]], Report | None]:
@@ -33,46 +96,60 @@ def split_metadata(customized: Mapping[str, list[Any]], index: int) -> tuple[dic
     return rest, reported[0] if reported else None
 
 
-def accumulate(state: Any, reported: Report) -> None:
-    """Add the scheduler's report to the front end's state of a request (values come in pieces while streaming)."""
-    kept = state.__dict__.setdefault("lenvm_report", {"values": []})
-    kept["values"].extend(reported["values"])
-    kept["predicted_length"], kept["quantiles"] = reported["predicted_length"], reported["quantiles"]
+def accumulate(state: Any, reported: Report) -> Progress | None:
+    """Add the scheduler's report to what the front end knows of a request (values come in pieces while streaming).
+
+    Args:
+        state: the front end's state of the request.
+        reported: from `RequestState.take_report`.
+
+    Returns:
+        None if the request has no length fields.
+    """
+    progress: Progress | None = state.__dict__.get("lenvm_progress")
+    if progress is None:
+        params = getattr(state.obj, "sampling_params", None)
+        custom = params.get("custom_params") if isinstance(params, dict) else None
+        request = LengthRequest.parse(custom) if isinstance(custom, dict) else None
+        if request is None:
+            return None
+        progress = state.__dict__["lenvm_progress"] = Progress(request, bool(getattr(state.obj, "stream", False)))
+    progress.values.extend(reported["values"])
+    progress.predicted_length, progress.quantiles = reported["predicted_length"], reported["quantiles"]
+    progress.sequence = reported.get("sequence")
+    return progress
 
 
-def final_report(state: Any, completion_tokens: int) -> Report | None:
-    """The `lenvm` object of a finished request; None if it has no length fields."""
-    params = getattr(state.obj, "sampling_params", None)
-    custom = params.get("custom_params") if isinstance(params, dict) else None
-    request = LengthRequest.parse(custom) if isinstance(custom, dict) else None
-    if request is None:
-        return None
-    kept = state.__dict__.get("lenvm_report", {})
-    report: Report = {
-        "predicted_length": kept.get("predicted_length"),
-        "target": request.target,
-        "mode": request.mode if request.target is not None else None,
-        "achieved": completion_tokens,
-    }
-    if request.return_values:
-        report["values"] = kept.get("values", [])
-        report["quantiles"] = dict(
-            zip((f"p{round(100 * p)}" for p in QUANTILES), kept.get("quantiles", []), strict=False)
-        )
-    return report
+def annotate_metadata(meta_info: dict[str, Any], progress: Progress, finished: bool) -> None:
+    """Put what an output is to say into its metadata, for `publish`.
+
+    The host may drop all but the last of several outputs that it had no time to hand on, so a delta is only marked
+    here (by how many values there are) and taken when the output really goes out.
+    """
+    if progress.stream and progress.request.return_values:
+        meta_info[DELTA_KEY] = (progress, len(progress.values))
+    if finished:
+        meta_info[REPORT_KEY] = progress.report(meta_info["completion_tokens"])
 
 
 def publish(out: dict[str, Any], position: int) -> None:
-    """Move a finished output's report from its metadata to its top level, and to the middleware.
+    """Move an output's report and delta from its metadata to its top level, and to the middleware.
 
     Args:
         out: one output of the host's front end.
         position: its place in the batch, if the output does not say.
     """
-    report = out["meta_info"].pop(REPORT_KEY, None)
-    if report is None:
-        return
-    out[REPORT_KEY] = report
-    reports = collected.get()
-    if reports is not None:
-        reports[out.get("index", position)] = report
+    meta, said, index = out["meta_info"], collected.get(), out.get("index", position)
+    if DELTA_KEY in meta:
+        progress, until = meta.pop(DELTA_KEY)
+        delta = progress.take_delta(until)
+        if delta is not None:
+            out[DELTA_KEY] = delta
+            if said is not None:
+                waiting = said.deltas.setdefault(index, {"values": []})
+                said.deltas[index] = {**delta, "values": waiting["values"] + delta["values"]}
+    report = meta.pop(REPORT_KEY, None)
+    if report is not None:
+        out[REPORT_KEY] = report
+        if said is not None:
+            said.reports[index] = report

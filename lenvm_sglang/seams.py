@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lenvm_sglang import admission, responses, settings
+from lenvm_sglang.metrics import RequestMetrics, request_metrics, step_metrics
 from lenvm_sglang.settings import Settings, StartError
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,14 @@ class Process:
         command_line: the launcher came from the command line, where a refusal is one sentence and an exit status.
         worker: the value worker of a scheduler process.
         step: the sampling step under way in a scheduler process.
+        metrics: of the front end's process, with `--enable-metrics`.
     """
 
     settings: Settings | None = None
     command_line: bool = False
     worker: Any = None
     step: Any = None
+    metrics: RequestMetrics | None = None
 
     @property
     def served(self) -> bool:
@@ -113,9 +116,10 @@ def setup_http(original: Callable[..., Any], server_args: Any, tokenizer_manager
                port_args: Any, scheduler_infos: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:  # fmt: skip
     """AROUND http_server._setup_and_run_http_server: middleware and endpoints."""
     from sglang.srt.entrypoints import http_server
+    from sglang.srt.runtime_context import get_observability
     from starlette.middleware import Middleware
 
-    from lenvm_sglang import endpoints
+    from lenvm_sglang import endpoints, openapi
     from lenvm_sglang.middleware import LengthFieldsMiddleware
 
     info = scheduler_infos[0].get("lenvm")
@@ -126,7 +130,18 @@ def setup_http(original: Callable[..., Any], server_args: Any, tokenizer_manager
     http_server.app.user_middleware.append(
         Middleware(LengthFieldsMiddleware, served=process.served, context_length=context_length)
     )
-    endpoints.mount(http_server.app, tokenizer_manager, info)
+    if process.served:
+        openapi.extend(http_server.app)
+        if get_observability().enable_metrics:
+            process.metrics = request_metrics()
+    host = endpoints.Host(
+        app=http_server.app,
+        tokenizer_manager=tokenizer_manager,
+        chat_prompt=chat_prompt,
+        vocabulary=tokenizer_manager.model_config.vocab_size,
+        context_length=context_length,
+    )
+    endpoints.mount(host, info)
     return original(server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, *args, **kwargs)
 
 
@@ -170,17 +185,35 @@ def update_meta_info(original: Callable[..., Any], self: Any, meta_info: dict[st
     rest, reported = responses.split_metadata(customized_info, index)
     if rest:
         original(self, meta_info, state, rest, index, finish_reason)
-    if reported is not None:
-        responses.accumulate(state, reported)
-        if finish_reason is not None:
-            report = responses.final_report(state, meta_info["completion_tokens"])
-            if report is not None:
-                meta_info[responses.REPORT_KEY] = report
+    progress = None if reported is None else responses.accumulate(state, reported)
+    if progress is None:
+        return
+    responses.annotate_metadata(meta_info, progress, finish_reason is not None)
+    if process.metrics is not None and finish_reason is not None and progress.sequence is None:
+        process.metrics.finished(progress.request, meta_info["completion_tokens"], finish_reason["type"])
 
 
 def send_one_request(self: Any, tokenized: Any) -> None:
-    """BEFORE TokenizerManager._send_one_request: number the n answers of a request."""
+    """BEFORE TokenizerManager._send_one_request: number the n answers of a request, mark those of `/lenvm/values`."""
     admission.number_samples(tokenized)
+    admission.mark_sequence(tokenized)
+
+
+def chat_prompt(app: Any, chat: Any) -> list[int] | str:
+    """The prompt that the host makes of a ChatCompletionRequest: token ids, or text.
+
+    Raises:
+        ValueError: the host refuses the conversation.
+    """
+    serving = app.state.openai_serving_chat
+    problem = serving._validate_request(chat)
+    if problem:
+        raise ValueError(problem)
+    try:
+        internal, _ = serving._convert_to_internal_request(chat)
+    except Exception as error:  # a template may raise anything over what a client wrote
+        raise ValueError(f"the chat template refuses this conversation ({type(error).__name__}: {error}).") from error
+    return internal.input_ids if internal.input_ids is not None else internal.text
 
 
 # ----- scheduler: building ------------------------------------------------------------------------------------------
@@ -219,10 +252,16 @@ def allocate_pools(result: None, self: Any) -> None:
 def build_backends(result: None, self: Any) -> None:
     """AFTER Scheduler.init_all_attention_backends: attention, and the steering object on the base's runner."""
     if process.worker is not None:
+        from sglang.srt.runtime_context import get_observability, get_parallel
+
         from lenvm_sglang.processor import LengthValueLogitProcessor
 
         process.worker.build_backends()
-        self.tp_worker.model_runner.lenvm_processor = LengthValueLogitProcessor(process.worker)
+        # the ranks of a tensor-parallel group all do the same: one of them counts
+        counts = get_observability().enable_metrics and get_parallel().tp_rank == 0
+        self.tp_worker.model_runner.lenvm_processor = LengthValueLogitProcessor(
+            process.worker, step_metrics() if counts else None
+        )
 
 
 def output_streamer_class(result: type, self: Any) -> type | None:
@@ -262,6 +301,11 @@ def create_request(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     admission.admit(result, process.served, frozenset(t for t in stops if t is not None))
 
 
+def max_prefix_len(result: int, self: Any, *args: Any, **kwargs: Any) -> int:
+    """AFTER Req._compute_max_prefix_len: states that are wanted have to be read."""
+    return admission.reusable_prefix(self, result)
+
+
 def forward_batch(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ForwardBatch.init_new: which rows carry length fields."""
     if process.worker is None:
@@ -279,7 +323,7 @@ def forward_batch(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any)
         if not decode:
             state.prompt_tokens = len(req.origin_input_ids)  # the host may have truncated it since admission
         whole = decode or req.extend_end == len(req.full_untruncated_fill_ids)
-        draws.append(whole and req.sampling_params.max_new_tokens != 0)
+        draws.append(whole and req.sampling_params.max_new_tokens != 0 and state.sequence_from is None)
     result.lenvm_rows = LengthRows(index, states, draws) if index else None
 
 
@@ -288,7 +332,7 @@ def model_forward(result: Any, self: Any, forward_batch: Any, *args: Any, **kwar
     rows = getattr(forward_batch, "lenvm_rows", None)
     processor = getattr(self, "lenvm_processor", None)
     if rows is not None and processor is not None:
-        forward_batch.lenvm_at_prompt = processor.follow(forward_batch, rows)
+        forward_batch.lenvm_read = processor.follow(forward_batch, rows)
 
 
 def model_sample(original: Callable[..., Any], self: Any, logits_output: Any, forward_batch: Any) -> Any:
@@ -311,7 +355,7 @@ def model_sample(original: Callable[..., Any], self: Any, logits_output: Any, fo
     if step.steered is not None and step.index is None:
         raise RuntimeError("lenvm: the host's sampler did not pass through Sampler._preprocess_logits.")
     processor.watch(step, token_ids)
-    for output in (forward_batch.lenvm_at_prompt, *step.outputs):
+    for output in (*forward_batch.lenvm_read, *step.outputs):
         current = logits_output.auxiliary_device_output
         logits_output.auxiliary_device_output = append_auxiliary_output(current, output)
     return token_ids
@@ -360,6 +404,7 @@ HOOKS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
         data_parallel_info,
     ),
     (_SCHEDULER + "_create_generation_req", "AFTER", create_request),
+    ("sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len", "AFTER", max_prefix_len),
     ("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", forward_batch),
     (_RUNNER + "forward", "AFTER", model_forward),
     (_RUNNER + "sample", "AROUND", model_sample),

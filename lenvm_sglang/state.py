@@ -34,6 +34,10 @@ class RequestState:
         quantiles: of the completion length at the prompt boundary, in tokens.
         values: predicted remaining length after each committed token, in tokens.
         reported: how many of `values` have been sent to the front end.
+        sequence_from: position of the last prompt token in a request that only reads a finished conversation
+            (`POST /lenvm/values`): every state from there on is scored, none is drawn from. None in all others.
+        sequence_stops: of such a request, the positions of stop tokens behind its prompt.
+        sequence: of such a request, one row (`lenvm_sglang.outputs.SEQUENCE_COLUMNS`) for each state read so far.
     """
 
     request: LengthRequest
@@ -49,6 +53,9 @@ class RequestState:
     quantiles: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     reported: int = 0
+    sequence_from: int | None = None
+    sequence_stops: frozenset[int] = frozenset()
+    sequence: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         assert self.prompt_tokens >= 1, f"a prompt has at least one token, got {self.prompt_tokens}"
@@ -59,7 +66,8 @@ class RequestState:
         """What the front end has not heard yet."""
         assert 0 <= self.reported <= len(self.values)
         fresh, self.reported = self.values[self.reported :], len(self.values)
-        return {"predicted_length": self.predicted_length, "quantiles": self.quantiles, "values": fresh}
+        report = {"predicted_length": self.predicted_length, "quantiles": self.quantiles, "values": fresh}
+        return {**report, "sequence": self.sequence} if self.sequence_from is not None else report
 
 
 def draw_seed(request_seed: int | None, sample: int, rid: str) -> int:

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,20 @@ class LengthRows:
         if not keep:
             return None
         return LengthRows([self.index[i] for i in keep], [self.states[i] for i in keep], [True] * len(keep))
+
+
+class Read(NamedTuple):
+    """What the value model read in a prefill, N rows with length fields.
+
+    Attributes:
+        hidden: [T, H] of all their tokens, row after row.
+        prefixes: [N] tokens that each row had read before.
+        lengths: [N] tokens of each row now.
+    """
+
+    hidden: Tensor
+    prefixes: list[int]
+    lengths: list[int]
 
 
 class ValueWorker:
@@ -192,7 +206,7 @@ class ValueWorker:
 
     # ----- forwards -------------------------------------------------------------------------------------------------
 
-    def follow(self, batch: Any, rows: LengthRows) -> Scores | None:
+    def follow(self, batch: Any, rows: LengthRows) -> Read | None:
         """Give the tokens that the base model just read their value KV.
 
         Args:
@@ -200,7 +214,7 @@ class ValueWorker:
             rows: its rows with length fields.
 
         Returns:
-            For a prefill, scores of each row's last token ([len(rows)]); None for a decode step.
+            What a prefill read; None for a decode step.
         """
         index = to_device(rows.index, torch.int64, batch.seq_lens.device)
         slots = batch.req_pool_indices[index].long()
@@ -216,8 +230,11 @@ class ValueWorker:
         self.prefill_tokens += part.extend_num_tokens
         self.sequences.init_forward_metadata(part)
         hidden = self._forward(part, self.sequences)
-        last = to_device(list(accumulate(part.extend_seq_lens_cpu)), torch.int64, hidden.device) - 1
-        return self.runner.model.scores(hidden[last])
+        return Read(hidden, list(part.extend_prefix_lens_cpu), list(part.extend_seq_lens_cpu))
+
+    def scores(self, read: Read, index: Sequence[int]) -> Scores:
+        """Scores of the states after the tokens `index` of a prefill, [len(index)]."""
+        return self.runner.model.scores(read.hidden[to_device(list(index), torch.int64, read.hidden.device)])
 
     def score(self, slots: Tensor, sequence_lengths: Tensor, longest: int, candidates: Candidates) -> Scores:
         """Scores of the states after each candidate, from one forward; their KV stays in scratch.

@@ -89,7 +89,8 @@ def test_command(page: str, command: str, demo: Run, server: SglangServer, tmp_p
             assert given <= {"--model-path", "--lenvm-model", "--lenvm-max-candidates"}, f"{page}: {command}"
         case ["curl", *rest]:
             reply = run("curl", *(word.replace("http://127.0.0.1:8000", server.url) for word in rest))
-            assert '"lenvm"' in reply
+            assert '"error"' not in reply, reply
+            assert any(mark in reply for mark in ('"lenvm"', '"lenvm.prediction"', '"lenvm.values"', '"gamma"')), reply
         case ["lenvm", "pipeline", verb, recipe, *_]:
             assert verb in ("run", "serve")  # both run in this folder, on a small scale: fixtures `demo` and `served`
             assert (REPOSITORY / recipe).is_file()
@@ -116,6 +117,14 @@ def test_python_of_the_readme(demo: Run, server: SglangServer, capsys: pytest.Ca
     (snippet,) = blocks(REPOSITORY / "README.md", "python")
     exec(compile(snippet.replace("http://127.0.0.1:8000", server.url), "README.md", "exec"), {})
     assert re.match(r"\d+ ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_python_of_the_api_page(number: int, server: SglangServer, capsys: pytest.CaptureFixture[str]) -> None:
+    snippets = blocks(REPOSITORY / "docs" / "api.md", "python")
+    assert len(snippets) == 3
+    exec(compile(snippets[number].replace("http://127.0.0.1:8000", server.url), f"api.md {number}", "exec"), {})
+    assert capsys.readouterr().out
 
 
 def test_python_of_the_checkpoint_page(demo: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from lenvm_sglang.admission import admit, draw_seed, number_samples, state_of
 from lenvm_sglang.attention import CandidateLayout, SharedPrefixBackend, attend
 from lenvm_sglang.middleware import CHAT, COMPLETIONS, GENERATE, LengthFieldsMiddleware, annotate, lift_fields
 from lenvm_sglang.outputs import HostLengthOutput
-from lenvm_sglang.responses import collected
+from lenvm_sglang.responses import Collected, Progress, annotate_metadata, collected, publish
 from lenvm_sglang.state import RequestState, RowTable
 from lenvm_sglang.worker import LengthRows, select_rows
 
@@ -255,10 +255,41 @@ def test_a_server_without_lenvm_names_the_field() -> None:
 
 def test_annotate_adds_reports_to_finished_choices() -> None:
     body: dict[str, Any] = {"choices": [{"index": 0, "finish_reason": None}, {"index": 1, "finish_reason": "stop"}]}
-    assert annotate(body, {0: {"achieved": 1}, 1: {"achieved": 2}})
+    said = Collected(reports={0: {"achieved": 1}, 1: {"achieved": 2}})
+    assert annotate(body, said)
     assert body["lenvm"] == body["choices"][1]["lenvm"] == {"achieved": 2}
     assert "lenvm" not in body["choices"][0]
-    assert not annotate({"error": {}}, {0: {}})
+    assert not annotate({"error": {}}, said)
+
+
+def test_deltas_wait_for_a_chunk_with_text_or_the_end() -> None:
+    said = Collected(deltas={0: {"predicted_length": 9.0, "values": [8.0]}})
+    role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
+    assert not annotate(role, said)
+    text: dict[str, Any] = {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]}
+    assert annotate(text, said)
+    assert text["choices"][0]["lenvm_delta"]["values"] == [8.0]
+    assert said.deltas == {}, "each value is sent once"
+
+
+def test_deltas_are_taken_when_an_output_goes_out() -> None:
+    """The host drops all but the last of several waiting outputs; their values must not be lost."""
+    request = LengthRequest.parse({"return_length_values": True})
+    assert request is not None
+    progress = Progress(request, stream=True, predicted_length=5.0)
+    outputs = []
+    for value in (4.0, 3.0, 2.0):
+        progress.values.append(value)
+        meta: dict[str, Any] = {"completion_tokens": len(progress.values)}
+        annotate_metadata(meta, progress, finished=value == 2.0)
+        outputs.append({"meta_info": meta})
+    for out in (outputs[0], outputs[2]):
+        publish(out, 0)
+    assert outputs[0]["lenvm_delta"] == {"predicted_length": 5.0, "values": [4.0]}
+    assert outputs[2]["lenvm_delta"]["values"] == [3.0, 2.0]
+    assert outputs[2]["lenvm"]["values"] == [4.0, 3.0, 2.0]
+    assert "lenvm" not in outputs[0]
+    assert set(outputs[2]["meta_info"]) == {"completion_tokens"}
 
 
 def through_middleware(
@@ -272,9 +303,9 @@ def through_middleware(
         message = await receive()
         seen.append(message["body"])
         assert dict(scope["headers"])[b"content-length"] == str(len(message["body"])).encode()
-        reports = collected.get()
-        if reports is not None:
-            reports[0] = {"achieved": 3}
+        said = collected.get()
+        if said is not None:
+            said.reports[0] = {"achieved": 3}
         for part in respond:
             await send(part)
 

@@ -1,0 +1,112 @@
+"""Random requests made from `/openapi.json`, right ones and wrong ones, to every route we touch: whatever comes, no
+answer is a 5xx and the server lives.
+
+LENVM_CONFORMANCE_CASES is the number of requests (default 240; a release runs 2000).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+
+from tests.sglang.conftest import Server, start
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+CASES = int(os.environ.get("LENVM_CONFORMANCE_CASES", "240"))
+OPERATIONS = (
+    ("/v1/chat/completions", "POST"),
+    ("/v1/completions", "POST"),
+    ("/generate", "POST"),
+    ("/lenvm/predict", "POST"),
+    ("/lenvm/values", "POST"),
+    ("/lenvm/info", "GET"),
+)
+# Fields of the host that make every request a trivial refusal (they need hardware, other servers or other flags), and
+# would keep the rest of the schema from being exercised.
+LEFT_OUT = (
+    "bootstrap_", "disagg_", "routed_", "data_parallel_rank", "session", "lora", "image", "video", "audio", "mm_",
+    "modalities", "input_embeds", "custom_logit_processor", "custom_params", "watermark", "positional_", "encoder_",
+    "decode_tp_size", "return_routed", "return_indexer", "return_hidden_states", "return_sampling_mask",
+    "sampling_logprobs_mode", "http_worker_ipc", "received_time", "need_wait", "num_items", "kv_hints", "max_dynamic",
+    "min_dynamic", "rid", "background", "external_trace", "task", "multi_item", "token_indices", "max_thinking",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def served(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("conformance") / "log"
+    server = start(log, pair / "base", "--lenvm-model", str(pair / "lenvm"))
+    try:
+        yield server.wait()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def schema(served: Server) -> Any:
+    """The routes we touch, with targets that a tiny model can reach more often than not."""
+    document = httpx.get(served.url + "/openapi.json", timeout=120).json()
+    document["paths"] = {path: document["paths"][path] for path, _ in OPERATIONS}
+    models = document["components"]["schemas"]
+    for name in ("ChatCompletionRequest", "CompletionRequest", "GenerateReqInput"):
+        fields = models[name]["properties"]
+        for field in [f for f in fields if f.startswith(LEFT_OUT)]:
+            del fields[field]
+        fields["length_target"]["anyOf"] += [{"type": "integer", "minimum": 1, "maximum": 40}] * 3
+    return schemathesis.openapi.from_dict(document)
+
+
+def small(body: Any) -> Any:
+    """The same request over few tokens: random limits would make long answers, which test nothing more."""
+    if isinstance(body, dict):
+        for name in ("max_tokens", "max_completion_tokens", "max_new_tokens", "n", "best_of"):
+            value = body.get(name)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 2:
+                body[name] = 2 + value % (3 if name in ("n", "best_of") else 30)
+        if "messages" in body:
+            body.setdefault("max_tokens", 24)
+    return body
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["right", "wrong"])
+@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+def test_no_answer_is_a_5xx(served: Server, schema: Any, path: str, method: str, mode: GenerationMode) -> None:
+    if method == "GET" and mode is GenerationMode.NEGATIVE:
+        mode = GenerationMode.POSITIVE  # it has nothing that could be wrong
+    failures: list[str] = []
+    answers: dict[int, int] = {}
+
+    @given(case=schema[path][method].as_strategy(generation_mode=mode))
+    @settings(
+        max_examples=max(1, CASES // (2 * (len(OPERATIONS) - 1))) if method == "POST" else 1,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        deadline=None,
+        database=None,
+    )
+    def send(case: Any) -> None:
+        content = (
+            None if not isinstance(case.body, (dict, list, str, int, float, bool)) else json.dumps(small(case.body))
+        )
+        response = httpx.request(
+            method, served.url + path, content=content, headers={"Content-Type": "application/json"}, timeout=120
+        )
+        answers[response.status_code] = answers.get(response.status_code, 0) + 1
+        if response.status_code >= 500:
+            failures.append(f"{response.status_code} {response.text[:300]} <- {(content or '')[:600]}")
+
+    send()
+    print(path, mode.value, answers)
+    assert not failures, f"{len(failures)} of {sum(answers.values())}:\n" + "\n".join(failures[:10])
+    assert served.process.poll() is None
+    answer = served.post("/generate", {"text": "hello", "length_target": 5, "length_strict": True})
+    assert answer.json()["meta_info"]["completion_tokens"] == 5, "the server lives and guides"
