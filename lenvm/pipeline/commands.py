@@ -39,9 +39,20 @@ def run(
     """
     with _errors("the same command goes on where it was."), _runner(recipe, out, changes, train_python) as runner:
         runner.run(first=first, only=only)
+        _show(runner.context.out / "evaluation")
         page = runner.context.out / "report" / "index.html"
         if page.is_file():
             runner.context.console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show(evaluation: Path) -> None:
+    """Print the tables of an evaluation, if it is there: the report on the terminal."""
+    from lenvm.evaluation.commands import wide_console
+    from lenvm.evaluation.schema import read_results
+    from lenvm.evaluation.tables import show
+
+    if (evaluation / "results.json").is_file():
+        show(read_results(evaluation / "results.json"), wide_console())
 
 
 @app.command()

@@ -28,6 +28,8 @@ def ask(client: OpenAI, **fields: Any) -> Any:
 def test_every_stage_ran_and_said_so(demo: Run) -> None:
     for stage in ("prepare", "train_base", "sample", "train_lenvm", "evaluate", "report"):
         assert re.search(rf"{stage}\b.*\d s", demo.printed), f"no line of {stage} in:\n{demo.printed}"
+    for table in ("equal_to: targets within", "Length predicted at the prompt", "Speed at concurrency"):
+        assert table in demo.printed, f"the report on the terminal lacks {table!r}"
     rows = [json.loads(line) for line in (demo.folder / "samples/train.jsonl").open()]
     assert len(rows) == 80 * 4
     assert {row["finish_reason"] for row in rows} <= {"stop", "length"}

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding, scaled_dot_product_attention
 
-GROUP = 32
+GROUP = 16
 """Sequences of a call. They are sorted by length, so that small groups leave little padding."""
 TARGET = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode"
 
@@ -70,11 +70,17 @@ def decode(
         slots = req_to_token[req_pool_indices[rows], : len(columns)].long().masked_fill(~inside, 0)
         attended = scaled_dot_product_attention(
             query[rows].unsqueeze(2),  # [G, Hq, 1, D]
-            k_cache[slots].transpose(1, 2),  # [G, Hkv, L, D]
-            v_cache[slots].transpose(1, 2),
+            gather(k_cache, slots),  # [G, Hkv, L, D]
+            gather(v_cache, slots),
             attn_mask=inside[:, None, None, :],
             scale=scaling,
             enable_gqa=enable_gqa,
         )
         output[rows] = attended.squeeze(2)
     return output
+
+
+def gather(cache: Tensor, slots: Tensor) -> Tensor:
+    """Entries of [slots, H, D] at [G, L], as [G, H, L, D]. `embedding` copies whole rows, which plain indexing of three
+    dimensions does not: 0.7 of its time."""
+    return embedding(slots, cache.flatten(1)).unflatten(-1, cache.shape[1:]).transpose(1, 2)
