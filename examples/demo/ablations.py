@@ -100,7 +100,7 @@ def measure(demo: Path, out: Path, steps: int, changes: dict[str, Any], extra: d
             "dataset_dir": str(run),
             "output_dir": str(run),
             "max_steps": steps,
-            "warmup_steps": max(1, steps // 8),
+            "warmup_steps": steps // 8,
             "save_strategy": "no",
             "lenvm_heads": "value",  # what is compared
         }
