@@ -187,6 +187,23 @@ LENVM_DEFAULTS: dict[str, Any] = {
 }
 
 
+def is_lenvm(model_args: Any) -> bool:
+    """Whether the run starts from a local length value model or adapter, which brings its gamma and bins."""
+    from lenvm_lf.checkpoint import local_block
+
+    places = [*(model_args.adapter_name_or_path or []), model_args.model_name_or_path]
+    return any(local_block(place) is not None for place in places)
+
+
+def take_over_packing(data_args: Any, finetuning_args: Any) -> None:
+    """The stage packs by itself (`lenvm_lf.packing`): keep `neat_packing` from the host, which refuses it outside `sft`
+    and would have shortened `cutoff_len` by one for its own collator."""
+    finetuning_args.lenvm_neat_packing = bool(data_args.neat_packing)
+    if data_args.neat_packing:
+        data_args.packing = data_args.neat_packing = False
+        data_args.cutoff_len += 1
+
+
 def check_supported(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
     """Turn away what the stage does not do right, before anything is loaded.
 
@@ -205,16 +222,24 @@ Rule = tuple[Any, str, str, str]
 def _refused(model: Any, data: Any, train: Any, tune: Any) -> list[Rule]:
     rules: list[Rule] = [
         (
-            data.packing or data.neat_packing,
-            "neat_packing" if data.neat_packing else "packing",
-            "sequences of one row would see each other or need a block mask that is not tested here",
-            "remove it and set `train_sampling_strategy: group_by_length`, which leaves little padding",
+            data.packing and not data.neat_packing,
+            "packing",
+            "sequences of one row would see each other",
+            "set `neat_packing: true`, which keeps them apart",
         ),
         (
-            data.streaming,
-            "streaming",
-            "gamma, the bins and the check of the rows need one pass over the data before training",
-            "set `streaming: false`",
+            data.streaming
+            and (tune.lenvm_gamma_value is None or tune.lenvm_max_length is None)
+            and not is_lenvm(model),
+            "streaming` with `lenvm_gamma: auto` or without `lenvm_max_length",
+            "both are found in one pass over the data before training",
+            "give a number for each, or start from a length value model",
+        ),
+        (
+            data.streaming and data.val_size > 0,
+            "val_size` with `streaming",
+            "samples of one prompt could fall on both sides",
+            "give an `eval_dataset` (`lenvm split` makes one)",
         ),
         (
             data.train_on_prompt or data.mask_history,
@@ -268,6 +293,32 @@ def _refused(model: Any, data: Any, train: Any, tune: Any) -> list[Rule]:
                 "lenvm_shared_prefix` without `lenvm_batches: by_prompt",
                 "a batch would hardly hold two completions of one prompt",
                 "set `lenvm_batches: by_prompt`, or `disable_shuffling: true` where the file is in order of prompts",
+            ),
+            (
+                data.streaming and train.dataloader_num_workers < 1,
+                "streaming` with `dataloader_num_workers: 0",
+                "LlamaFactory makes one shard of the stream for each worker",
+                "set `dataloader_num_workers: 1` or more",
+            ),
+            (
+                data.streaming and (by_length or tune.lenvm_batches == "by_prompt" or data.neat_packing),
+                "streaming` with `"
+                + ("neat_packing" if data.neat_packing else "train_sampling_strategy` or `lenvm_batches: by_prompt"),
+                "all rows must be known to put them in order",
+                "remove one of the two",
+            ),
+            (
+                data.neat_packing and (by_length or tune.lenvm_batches == "by_prompt" or tune.lenvm_shared_prefix),
+                "neat_packing` with `"
+                + (
+                    "train_sampling_strategy"
+                    if by_length
+                    else "lenvm_shared_prefix"
+                    if tune.lenvm_shared_prefix
+                    else "lenvm_batches: by_prompt"
+                ),
+                "each decides by itself which rows go together",
+                "remove one of the two",
             ),
             (
                 train.label_smoothing_factor,

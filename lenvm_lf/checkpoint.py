@@ -15,6 +15,8 @@ from lenvm.modeling import HEAD_NAMES, LengthValueModel, backbone_class, prepare
 
 ADAPTER_FILE = "lenvm.json"
 """The `lenvm` block beside LoRA weights, which have no config.json of their own."""
+IMAGE_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Model types with a vision tower whose runs were tested."""
 
 
 def adapter_block(directory: str | Path) -> LenvmConfig | None:
@@ -157,16 +159,10 @@ def load_model(
         original: its own `load_model`.
 
     Raises:
-        ValueError: if the model is multimodal, or no length value model where one is needed (evaluation, export).
+        ValueError: if the backbone does not fit, or is no length value model where one is needed (evaluation, export).
     """
-    from transformers import AutoModelForCausalLM
-
     config = loader.load_config(model_args)
-    if type(config) not in AutoModelForCausalLM._model_mapping or hasattr(config, "vision_config"):
-        raise ValueError(
-            f"stage `lenvm` supports text models so far, got model type {config.model_type!r}; "
-            "use a causal language model."
-        )
+    check_backbone(config)
     lenvm = getattr(finetuning_args, "lenvm_config", None)  # decided by the workflow; `export` comes without one
     if lenvm is None:
         stored = stored_block(config, model_args)
@@ -184,16 +180,48 @@ def load_model(
     elif finetuning_args.finetuning_type == "freeze":
         finetuning_args.freeze_extra_modules = sorted({*(finetuning_args.freeze_extra_modules or []), *names})
 
-    auto, loader.AutoModelForCausalLM = loader.AutoModelForCausalLM, _ClassWithHeads(AutoModelForCausalLM, lenvm)
+    autos = {name: getattr(loader, name) for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText")}
+    for name, auto in autos.items():
+        setattr(loader, name, _ClassWithHeads(auto, lenvm))
     try:
         model = original(tokenizer, model_args, finetuning_args, is_trainable, False)
     finally:
-        loader.AutoModelForCausalLM = auto
+        for name, auto in autos.items():
+            setattr(loader, name, auto)
     if is_trainable and finetuning_args.pure_bf16:  # bfloat16 steps would round most of the heads' updates away
         for name, parameter in model.named_parameters():
             if any(head in name for head in names):
                 parameter.data = parameter.data.to(torch.float32)
     return model
+
+
+def sees_images(config: Any) -> bool:
+    """Whether a backbone has a vision tower."""
+    return hasattr(config, "vision_config")
+
+
+def check_backbone(config: Any) -> None:
+    """Refuse what is neither a causal language model nor a tested vision-language model.
+
+    Args:
+        config: of the backbone.
+
+    Raises:
+        ValueError: one sentence: what it is, what is allowed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if sees_images(config):
+        if config.model_type not in IMAGE_MODELS:
+            raise ValueError(
+                f"stage `lenvm` was tested with the vision-language models {', '.join(IMAGE_MODELS)}, got "
+                f"{config.model_type!r}; use one of these or a text model."
+            )
+    elif type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"stage `lenvm` needs a causal language model or one of {', '.join(IMAGE_MODELS)}, got model type "
+            f"{config.model_type!r}."
+        )
 
 
 def head_names(lenvm: LenvmConfig) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,3 +60,51 @@ class DenseReturnCollator:
             "censored": torch.from_numpy(censored),
             "prompt": torch.tensor([row["prompt_hash"] for row in rows], dtype=torch.int64),
         }
+
+
+class ImageReturnCollator:
+    """`DenseReturnCollator` for models that see: the host's own collator reads the images of the batch, puts a blank
+    one into a batch without any (so that every rank runs the vision tower) and computes the positions.
+
+    Args:
+        template: the host's.
+        processor: the host's multimodal processor.
+        tokenizer: the host's.
+        model: whose position scheme is used.
+        multiple_of: as for `DenseReturnCollator`.
+    """
+
+    def __init__(self, template: Any, processor: Any, tokenizer: Any, model: Any, multiple_of: int = 1) -> None:
+        from llamafactory.data import MultiModalDataCollatorForSeq2Seq
+
+        self._dense = DenseReturnCollator(tokenizer.pad_token_id)
+        self._host = MultiModalDataCollatorForSeq2Seq(
+            template=template,
+            processor=processor,
+            model=model,
+            tokenizer=tokenizer,
+            pad_to_multiple_of=multiple_of,
+            label_pad_token_id=IGNORE,
+        )
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Batch of B rows, T positions.
+
+        Returns:
+            as `DenseReturnCollator`, with what the backbone takes beside (position_ids, pixel_values, ...).
+        """
+        dense = self._dense(rows)
+        features = [
+            {
+                "input_ids": list(row["input_ids"]),
+                "attention_mask": [1] * len(row["input_ids"]),
+                "labels": dense["labels"][i, : len(row["input_ids"])].tolist(),
+                "images": json.loads(row["images"]) if row["images"] else [],
+            }
+            for i, row in enumerate(rows)
+        ]
+        batch = dict(self._host(features))
+        batch.pop("rope_deltas", None)  # only decoding needs them
+        wider = batch["input_ids"].shape[1] - dense["censored"].shape[1]
+        batch["censored"] = torch.nn.functional.pad(dense["censored"], (0, wider))
+        return batch | {"prompt": dense["prompt"]}

@@ -69,6 +69,49 @@ def usable_rows(dataset: Any, name: str, vocab_size: int, cutoff_len: int, drop_
     return dataset if len(keep) == len(reasons) else dataset.select(keep)
 
 
+class StreamFilter:
+    """`usable_rows` for a stream: judges each row as it comes. A data loader's worker counts for itself.
+
+    Args:
+        vocab_size, cutoff_len, drop_censored: as for `usable_rows`.
+    """
+
+    ENOUGH = 100
+    """Rows seen before the share of bad ones says anything."""
+
+    def __init__(self, vocab_size: int, cutoff_len: int, drop_censored: bool) -> None:
+        self.vocab_size = vocab_size
+        self.cutoff_len = cutoff_len
+        self.drop_censored = drop_censored
+        self.seen = 0
+        self.bad: list[tuple[int, str]] = []
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        """Whether the row is used.
+
+        Raises:
+            ValueError: if more than 5 % of the rows so far are bad.
+        """
+        self.seen += 1
+        reason = row["skip"]
+        if reason == LONG_PROMPT:
+            logger.warning(
+                "training stream: row %d dropped, its prompt is longer than `cutoff_len` %d.",
+                row["row"] or self.seen,
+                self.cutoff_len,
+            )
+            return False
+        if not reason and row["max_id"] >= self.vocab_size:
+            reason = f"token id {row['max_id']} is out of the vocabulary of {self.vocab_size}"
+        if reason:
+            self.bad.append((self.seen - 1, reason))
+            if len(self.bad) > MAX_BAD_SHARE * max(self.seen, self.ENOUGH):
+                _report_bad(self.bad, [0] * self.seen, "training", self.seen)
+            logger.warning("training stream: row %d is skipped: %s.", row["row"] or self.seen, reason)
+            return False
+        return not (self.drop_censored and row["censored"])
+
+
 def _report_bad(bad: list[tuple[int, str]], rows: list[int], name: str, total: int) -> None:
     counts = Counter(reason for _, reason in bad)
     shown = "; ".join(f"row {rows[i] or i + 1}: {reason}" for i, reason in bad[:SHOWN])

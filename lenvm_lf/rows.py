@@ -5,7 +5,8 @@ A row is one sampled completion (`lenvm sample` writes them, one JSON object a l
     {"prompt_token_ids": [int], "completion_token_ids": [int], "finish_reason": "stop" | "length", ...}
 
 Token ids are used as they are. A row without token ids may give `messages` (the prompt) and `completion` (text)
-instead, which go through the chat template. Every other key is ignored.
+instead, which go through the chat template. `images` lists the files that the prompt shows, in order. Every other key
+is ignored.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import numpy as np
 
 LINE = "lenvm_line"
 """Column of a raw JSON line, as `load_lines` makes it."""
-PROMPT_IDS, COMPLETION_IDS, FINISH, ROW, ERROR = (
+PROMPT_IDS, COMPLETION_IDS, FINISH, ROW, ERROR, IMAGES = (
     "_lenvm_prompt_ids",
     "_lenvm_completion_ids",
     "_lenvm_finish_reason",
     "_lenvm_row",
     "_lenvm_error",
+    "_lenvm_images",  # JSON text: Arrow would give a column of empty lists no type
 )
+PLACEHOLDER = "<image>"
+"""Where an image goes in the text of a message, as in the host's own formats."""
 FINISH_REASONS = ("stop", "length")
 ROLES = {"user": "user", "assistant": "assistant", "tool": "observation", "function": "function"}
 MAX_ID = 2**31 - 1
@@ -110,11 +114,17 @@ def parse_row(row: Any) -> dict[str, Any]:
     if text is not None and not isinstance(text, str):
         raise RowError(f"`completion` must be text, got {_short(text)}")
     out = _columns(prompt, text or "", system, finish)
+    images = row.get("images") or []
+    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
+        raise RowError(f"`images` must be a list of file paths, got {_short(images)}")
+    out[IMAGES] = json.dumps(images) if images else ""
     if has_ids:
         out[COMPLETION_IDS] = token_ids(row, "completion_token_ids")
-        out[PROMPT_IDS] = token_ids(row, "prompt_token_ids")
         if not len(out[COMPLETION_IDS]):
             raise RowError("`completion_token_ids` is empty; a finished completion has its stop token at least")
+        if row.get("prompt_token_ids") is None and prompt:
+            return out  # the prompt goes through the template
+        out[PROMPT_IDS] = token_ids(row, "prompt_token_ids")
         if not len(out[PROMPT_IDS]):
             raise RowError("`prompt_token_ids` is empty; the state before the first token needs a prompt")
         return out
@@ -140,21 +150,39 @@ def _columns(prompt: list[dict[str, str]], completion: str, system: str, finish:
         FINISH: finish,
         ROW: 0,
         ERROR: "",
+        IMAGES: "",
     }
 
 
 def _messages(value: Any) -> tuple[list[dict[str, str]], str]:
     """The prompt's messages in the host's roles, and the system message."""
-    if not isinstance(value, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    ):
-        raise RowError(f"`messages` must be a list of objects with text `role` and `content`, got {_short(value)}")
-    system = "".join(m["content"] for m in value[:1] if m["role"] == "system")
-    rest = value[1:] if value and value[0]["role"] == "system" else value
-    unknown = sorted({m["role"] for m in rest} - set(ROLES))
+    if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
+        raise RowError(f"`messages` must be a list of objects with `role` and `content`, got {_short(value)}")
+    texts = [(m["role"], _text(m.get("content"))) for m in value]
+    system = "".join(text for role, text in texts[:1] if role == "system")
+    rest = texts[1:] if texts and texts[0][0] == "system" else texts
+    unknown = sorted({role for role, _ in rest} - set(ROLES))
     if unknown:
         raise RowError(f"`messages` holds the role {unknown[0]!r}, allowed are system (first), {', '.join(ROLES)}")
-    return [{"role": ROLES[m["role"]], "content": m["content"]} for m in rest], system
+    return [{"role": ROLES[role], "content": text} for role, text in rest], system
+
+
+def _text(content: Any) -> str:
+    """A message's content: text, or the parts of the OpenAI format with a placeholder for each image."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise RowError(f"the `content` of a message must be text or a list of parts, got {_short(content)}")
+    out = []
+    for part in content:
+        kind = part.get("type")
+        if kind == "text" and isinstance(part.get("text"), str):
+            out.append(part["text"])
+        elif kind in ("image", "image_url"):
+            out.append(PLACEHOLDER)
+        else:
+            raise RowError(f"a part of `content` must be text, image or image_url, got {_short(part)}")
+    return "".join(out)
 
 
 def _short(value: Any) -> str:
@@ -179,4 +207,11 @@ class SampledRowConverter:
             out = _columns([], "", "", "stop") | {ERROR: f"not JSON: {error}"}
         except RowError as error:
             out = _columns([], "", "", "stop") | {ERROR: str(error)}
+        if out[IMAGES]:
+            out[IMAGES] = json.dumps([self._path(path) for path in json.loads(out[IMAGES])])
         return out | {ROW: number}
+
+    def _path(self, path: str) -> str:
+        """Beside the data (`media_dir`) if it is there, else as given."""
+        beside = Path(self.data_args.media_dir, path)
+        return str(beside) if beside.is_file() else path

@@ -74,7 +74,7 @@ REQUIRED_NAMES: dict[str, tuple[str, ...]] = {
     "llamafactory.extras.constants": ("TRAINING_STAGES",),
     "llamafactory.hparams.parser": ("FinetuningArguments", "_TRAIN_ARGS", "_INFER_ARGS"),
     "llamafactory.data.loader": ("load_dataset",),
-    "llamafactory.model.loader": ("AutoModelForCausalLM", "load_config"),
+    "llamafactory.model.loader": ("AutoModelForCausalLM", "AutoModelForImageTextToText", "load_config"),
     "llamafactory.train.tuner": (
         "get_train_args",
         "LogCallback",
@@ -195,7 +195,7 @@ def _patch_constants(module: Any) -> None:
 
 
 def _patch_parser(module: Any) -> None:
-    from lenvm_lf.arguments import check_supported, make_finetuning_arguments
+    from lenvm_lf.arguments import check_supported, make_finetuning_arguments, take_over_packing
 
     extended = make_finetuning_arguments(module.FinetuningArguments)
     for group in (module._TRAIN_ARGS, module._INFER_ARGS):
@@ -209,6 +209,7 @@ def _patch_parser(module: Any) -> None:
         if parsed[3].stage == STAGE:
             check()
             check_supported(parsed[0], parsed[1], parsed[2], parsed[3])
+            take_over_packing(parsed[1], parsed[3])
         return parsed
 
     @functools.wraps(parse_infer)
@@ -248,7 +249,7 @@ def _patch_data_loader(module: Any) -> None:
             return get_processor(data_args, stage, template, tokenizer, processor, do_generate)
         from lenvm_lf.processor import LengthValueProcessor
 
-        return LengthValueProcessor(template=template, tokenizer=tokenizer, cutoff_len=data_args.cutoff_len)
+        return LengthValueProcessor(template, tokenizer, data_args.cutoff_len, processor)
 
     @functools.wraps(load_single)
     def _load_single_dataset(dataset_attr: Any, model_args: Any, data_args: Any, training_args: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from llamafactory.train.callbacks import SaveProcessorCallback
 from llamafactory.train.trainer_utils import create_custom_optimizer, create_custom_scheduler
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lenvm.format import LenvmConfig
 from lenvm.lognormal import fit_spread
@@ -23,27 +22,10 @@ from lenvm.objective import Objective
 from lenvm_lf.checkpoint import write_adapter_block, write_block
 from lenvm_lf.collator import IGNORE
 from lenvm_lf.metrics import LengthMetrics, batch_statistics
-from lenvm_lf.samplers import PromptSampler
-from lenvm_lf.shared_prefix import SharedPrefixCollator
+from lenvm_lf.samplers import PromptSampler, ShuffledLengthGroups
 
 PREDICTIONS_FILE = "predictions.jsonl"
 CALIBRATION_FILE = "calibration.json"
-
-
-class ShuffledLengthGroups(LengthGroupedSampler):
-    """Batches of similar length in random order.
-
-    transformers' sampler goes through 50 batches from the longest to the shortest. Here length is what is learned: the
-    model follows, and ends the training on the short ones (in the demo, predictions came out 36 % too short).
-    """
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(super().__iter__())
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        rest = batches.pop() if len(batches[-1]) < self.batch_size else []  # stays last: it would shift the others
-        for i in torch.randperm(len(batches), generator=self.generator).tolist():
-            yield from batches[i]
-        yield from rest
 
 
 class LengthValueTrainer(Trainer):
@@ -58,10 +40,19 @@ class LengthValueTrainer(Trainer):
         lenvm: the model's block.
         finetuning_args: the host's, for its optimizers and schedulers and `lenvm_length_weight`.
         processor: the host's multimodal processor, or None.
+        train_collator: makes the training batches, where they are packed; `data_collator` otherwise.
     """
 
-    def __init__(self, lenvm: LenvmConfig, finetuning_args: Any, processor: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        lenvm: LenvmConfig,
+        finetuning_args: Any,
+        processor: Any = None,
+        train_collator: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        self.train_collator = train_collator or self.data_collator
         self.lenvm = lenvm
         self.finetuning_args = finetuning_args
         # transformers then counts `labels != -100` over the whole optimizer step and does not rescale our loss
@@ -106,10 +97,7 @@ class LengthValueTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """transformers' loader; only training packs, evaluation looks at one completion a row."""
-        if not self.finetuning_args.lenvm_shared_prefix:
-            return super().get_train_dataloader()
-        plain = self.data_collator  # type: ignore[has-type]
-        self.data_collator = SharedPrefixCollator(plain.pad_token_id, plain.multiple_of)
+        plain, self.data_collator = self.data_collator, self.train_collator  # type: ignore[has-type]
         try:
             return super().get_train_dataloader()
         finally:

@@ -7,18 +7,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset, IterableDataset
 
 from lenvm.bins import LengthBins
 from lenvm.definitions import gamma_from_lengths
 from lenvm.format import AblationTarget, LenvmConfig
 from lenvm_lf import checkpoint
-from lenvm_lf.collator import DenseReturnCollator
-from lenvm_lf.data import by_length, foreign_prompts, shared_prompts, split_by_prompt, usable_rows
-from lenvm_lf.shared_prefix import check_backbone
+from lenvm_lf.collator import DenseReturnCollator, ImageReturnCollator
+from lenvm_lf.data import StreamFilter, by_length, foreign_prompts, shared_prompts, split_by_prompt, usable_rows
+from lenvm_lf.packing import PackedCollator, PackedRows, check_packing
+from lenvm_lf.shared_prefix import SharedPrefixCollator, check_backbone
 
 logger = logging.getLogger(__name__)
 CENSORED_SHARE_FOR_AUTO = 0.01
 """`gamma: auto` looks at the 99th percentile: with more censored completions than this, that length is unknown."""
+LOOKED_AT = 256
+"""Rows of a stream that are looked at before training."""
 PLOTTED = ("loss", "value_loss", "length_nll", "eval_loss", "eval_length_mae", "eval_expected_length_mae")
 
 
@@ -70,13 +74,29 @@ def run_lenvm(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
     tokenizer = tokenizer_module["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     config = load_config(model_args)
+    checkpoint.check_backbone(config)
+    if checkpoint.sees_images(config) and tokenizer_module["processor"] is None:
+        raise ValueError(
+            f"{model_args.model_name_or_path} reads images, but has no processor beside it; "
+            "copy preprocessor_config.json (and processor_config.json) from the model it was made of."
+        )
     datasets = load_datasets(template, config, model_args, data_args, training_args, finetuning_args, tokenizer_module)
     train_set, eval_set = datasets
     lenvm = decide_block(config, train_set, model_args, training_args, finetuning_args)
     finetuning_args.lenvm_config = lenvm
     model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
-    if finetuning_args.lenvm_shared_prefix:
+    multiple_of = 8 if torch.cuda.is_available() else 1  # tensor cores like it
+    collator: Any = DenseReturnCollator(tokenizer.pad_token_id, multiple_of)
+    if checkpoint.sees_images(config):
+        collator = ImageReturnCollator(template, tokenizer_module["processor"], tokenizer, model, multiple_of)
+    train_collator = collator  # only training packs, evaluation looks at one completion a row
+    if training_args.do_train and finetuning_args.lenvm_shared_prefix:
         check_backbone(model.config)
+        train_collator = SharedPrefixCollator(tokenizer.pad_token_id, multiple_of)
+    elif training_args.do_train and finetuning_args.lenvm_neat_packing:
+        check_packing(model.config, training_args.per_device_train_batch_size)
+        train_collator = PackedCollator(tokenizer.pad_token_id, multiple_of)
+        train_set = PackedRows(train_set, data_args.cutoff_len)
 
     training_args.average_tokens_across_devices = True  # the denominator of Eq. 9 is global: not a choice here
     training_args.label_names = ["labels"]
@@ -87,7 +107,8 @@ def run_lenvm(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
         model=model,
         args=training_args,
         processing_class=tokenizer,
-        data_collator=DenseReturnCollator(tokenizer.pad_token_id, multiple_of=8 if torch.cuda.is_available() else 1),
+        data_collator=collator,
+        train_collator=train_collator,
         train_dataset=train_set,
         eval_dataset=eval_set,
         callbacks=callbacks,
@@ -147,30 +168,28 @@ def load_datasets(
     vocab_size = config.get_text_config().vocab_size
     drop = finetuning_args.lenvm_censored == "drop"
 
-    def usable(dataset: Any, name: str, drop_censored: bool) -> Any:
-        return usable_rows(dataset, name, vocab_size, data_args.cutoff_len, drop_censored)
+    def usable(dataset: Any, name: str) -> Any:
+        if data_args.streaming:  # a validation set is small, and is sorted and grouped below
+            dataset = Dataset.from_list(list(dataset))
+        return usable_rows(dataset, name, vocab_size, data_args.cutoff_len, drop)
 
     train_set, eval_set = module.get("train_dataset"), module.get("eval_dataset")
-    if train_set is not None:
-        train_set = usable(train_set, "training", drop)
-        differing, seen = foreign_prompts(train_set, tokenizer_module["tokenizer"])
-        if differing:
-            logger.warning(
-                "%d of the first %d prompts are cut into other tokens by the tokenizer of %s than in the data. "
-                "If they were sampled from another model, or the server's version of transformers reads the tokenizer "
-                "differently, the length value model learns tokens that the served one does not see.",
-                differing,
-                seen,
-                model_args.model_name_or_path,
-            )
+    head = None
+    if train_set is not None and data_args.streaming:
+        train_set = train_set.filter(StreamFilter(vocab_size, data_args.cutoff_len, drop))
+        head = Dataset.from_list(list(train_set.take(LOOKED_AT)))
+    elif train_set is not None:
+        head = train_set = usable(train_set, "training")
+    if head is not None:
+        warn_foreign_prompts(head, tokenizer_module["tokenizer"], model_args.model_name_or_path)
     if eval_set is None and train_set is not None and val_size > 0:
         train_set, eval_set = split_by_prompt(train_set, val_size, training_args.seed)
     elif isinstance(eval_set, dict):
-        eval_set = {name: usable(part, f"validation ({name})", drop) for name, part in eval_set.items()}
+        eval_set = {name: usable(part, f"validation ({name})") for name, part in eval_set.items()}
     elif eval_set is not None:
-        eval_set = usable(eval_set, "validation", drop)
+        eval_set = usable(eval_set, "validation")
     parts = list(eval_set.values()) if isinstance(eval_set, dict) else [] if eval_set is None else [eval_set]
-    for part in parts:
+    for part in parts if not data_args.streaming else []:  # what a stream will bring is not known
         shared = shared_prompts(train_set, part) if train_set is not None else 0
         if shared:
             logger.warning(
@@ -184,6 +203,20 @@ def load_datasets(
     elif eval_set is not None:
         eval_set = by_length(eval_set)
     return train_set, eval_set
+
+
+def warn_foreign_prompts(rows: Any, tokenizer: Any, model: str) -> None:
+    """Say so if the prompts were tokenised otherwise than this tokenizer does."""
+    differing, seen = foreign_prompts(rows, tokenizer)
+    if differing:
+        logger.warning(
+            "%d of the first %d prompts are cut into other tokens by the tokenizer of %s than in the data. "
+            "If they were sampled from another model, or the server's version of transformers reads the tokenizer "
+            "differently, the length value model learns tokens that the served one does not see.",
+            differing,
+            seen,
+            model,
+        )
 
 
 def decide_block(config: Any, train_set: Any, model_args: Any, training_args: Any, finetuning_args: Any) -> LenvmConfig:
@@ -203,28 +236,10 @@ def decide_block(config: Any, train_set: Any, model_args: Any, training_args: An
             f"{model_args.model_name_or_path} is no length value model and there is nothing to train it on; "
             "evaluate a checkpoint of stage `lenvm`, or set `do_train: true` with a `dataset`."
         )
-    lengths = np.asarray(train_set["completion_length"])
-    gamma = finetuning_args.lenvm_gamma_value
-    if gamma is None:
-        share = float(np.mean(train_set["censored"]))
-        if share > CENSORED_SHARE_FOR_AUTO:
-            logger.warning(
-                "`lenvm_gamma: auto` rests on the 99th percentile of lengths, but %.1f %% of the completions are cut, "
-                "so it is a lower bound; sample with a larger max_tokens or set `lenvm_gamma`.",
-                100 * share,
-            )
-        gamma = round(gamma_from_lengths(lengths.tolist()), 10)  # digits a person can write into YAML again
+    gamma, longest = finetuning_args.lenvm_gamma_value, finetuning_args.lenvm_max_length
     heads = finetuning_args.lenvm_head_names or ("value", "length")
-    longest = finetuning_args.lenvm_max_length or max(2, int(lengths.max()))
-    if "length" in heads and longest < lengths.max():
-        logger.warning(
-            "`lenvm_max_length` %d is shorter than the longest completion (%d): %d of %d count as %d tokens long.",
-            longest,
-            lengths.max(),
-            int((lengths > longest).sum()),
-            len(lengths),
-            longest,
-        )
+    if not isinstance(train_set, IterableDataset):  # of a stream both are given (`check_supported`)
+        gamma, longest = fit_to_lengths(train_set, gamma, longest, "length" in heads)
     representation = finetuning_args.lenvm_target
     if representation != "return":
         logger.warning(
@@ -243,3 +258,35 @@ def decide_block(config: Any, train_set: Any, model_args: Any, training_args: An
         bins=LengthBins.for_max_length(longest).centres if "length" in heads else (),
         base_model=str(model_args.model_name_or_path),
     )
+
+
+def fit_to_lengths(train_set: Any, gamma: float | None, longest: int | None, has_length: bool) -> tuple[float, int]:
+    """gamma and the last bin, where they are not given, from the training completions.
+
+    Args:
+        train_set: usable rows.
+        gamma: as given, or None.
+        longest: as given, or None.
+        has_length: whether there is a length head, whose last bin `longest` is.
+    """
+    lengths = np.asarray(train_set["completion_length"])
+    if gamma is None:
+        share = float(np.mean(train_set["censored"]))
+        if share > CENSORED_SHARE_FOR_AUTO:
+            logger.warning(
+                "`lenvm_gamma: auto` rests on the 99th percentile of lengths, but %.1f %% of the completions are cut, "
+                "so it is a lower bound; sample with a larger max_tokens or set `lenvm_gamma`.",
+                100 * share,
+            )
+        gamma = round(gamma_from_lengths(lengths.tolist()), 10)  # digits a person can write into YAML again
+    longest = longest or max(2, int(lengths.max()))
+    if has_length and longest < lengths.max():
+        logger.warning(
+            "`lenvm_max_length` %d is shorter than the longest completion (%d): %d of %d count as %d tokens long.",
+            longest,
+            lengths.max(),
+            int((lengths > longest).sum()),
+            len(lengths),
+            longest,
+        )
+    return gamma, longest

@@ -14,6 +14,7 @@ from lenvm import LengthBins, LengthValueModel, LenvmConfig, LenvmFormatError
 from lenvm.definitions import length_from_logit
 from lenvm.format import read_lenvm_config, write_lenvm_config
 from lenvm.heads import LengthHead, ValueHead
+from tests.core.vision import TOWERS, vision_config
 
 BINS = LengthBins.for_max_length(100)
 LENVM = LenvmConfig(gamma=0.98, bins=BINS.centres, base_model="tiny")
@@ -75,6 +76,37 @@ def test_any_backbone_round_trips(name: str, tmp_path: Path) -> None:
         assert torch.equal(again.eval()(ids).z, out.z)
         predicted = again.predicted_length(out)
     assert torch.allclose(predicted, BINS.expected(out.length_logits.log_softmax(-1)))
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_vision_backbone_round_trips(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = vision_config(name, 64, (60, 61, 62, 63))
+    base = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    model = LengthValueModel.from_backbone(tmp_path / "base", LENVM).eval()
+    assert type(model).__name__ == f"{name}ForLengthValue"
+    size = 3 * 2 * TOWERS[name]["patch_size"] ** 2
+    ids = torch.tensor([[5, 60, 62, 62, 61, 7, 8]])
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": torch.randn(8, size, generator=torch.Generator().manual_seed(1)),
+        "image_grid_thw": torch.tensor([[1, 2, 4]]),
+        "mm_token_type_ids": (ids == 62).int(),
+    }
+    with torch.no_grad():
+        hidden = base.model(**inputs).last_hidden_state
+        out = model(**inputs)
+        blind = model(input_ids=ids[:, :1])
+    assert torch.allclose(out.z, model.value_head(hidden), atol=1e-5) and out.z.shape == (1, 7)
+    assert torch.allclose(out.z[:, :1], blind.z, atol=1e-5), "nothing is seen before the image"
+    model.save_pretrained(tmp_path / "lenvm")
+    again, report = LengthValueModel.from_pretrained(tmp_path / "lenvm", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**inputs).z, out.z)
+        other = model(**inputs | {"pixel_values": -inputs["pixel_values"]})
+    assert not torch.allclose(other.z[0, 3:], out.z[0, 3:], atol=1e-5), "the image is seen"
 
 
 def test_value_only_checkpoint(tmp_path: Path) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 import yaml
+from transformers import AutoTokenizer
+
+from lenvm import LengthValueModel
+from tests.core.test_modeling import BACKBONES, SMALL
+from tests.lf.test_images import make_vision_base, mixed_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "train").glob("*.yaml"))
@@ -30,6 +37,45 @@ def test_example_names_only_known_settings(world: Any, path: Path) -> None:
     small = {k: v for k, v in settings.items() if k not in ("deepspeed", "bf16")} | {"use_cpu": True}
     model_args, data_args, training_args, finetuning_args, _ = parser._parse_train_args(small)
     check_supported(model_args, data_args, training_args, finetuning_args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_tiny_twin_of_an_example_runs(world: Any, path: Path) -> None:
+    """One step with everything the file says, except where its model, data and GPUs are."""
+    settings = yaml.safe_load(path.read_text())
+    name = settings["model_name_or_path"]
+    kind = "Qwen2_5_VL" if "VL" in name else "Qwen3" if "Qwen3" in name else "Qwen2"
+    base = world.base if kind == "Qwen2" else world.root / f"twin_{kind}"
+    dataset = "train"
+    if kind == "Qwen2_5_VL":
+        make_vision_base(world, kind, base)
+        dataset = "twin_images"
+        world.add(dataset, mixed_rows(AutoTokenizer.from_pretrained(base), world.data, 4, seed=3))
+    elif kind == "Qwen3":
+        changes = {"vocab_size": len(world.tokenizer), "eos_token_id": 2}
+        config = transformers.Qwen3Config(**{**SMALL, **BACKBONES["Qwen3"], **changes})
+        torch.manual_seed(0)
+        transformers.Qwen3ForCausalLM(config).save_pretrained(base)
+        world.tokenizer.save_pretrained(base)
+    elsewhere = {
+        "model_name_or_path": str(base),
+        "dataset_dir": str(world.data),
+        "dataset": dataset,
+        "deepspeed": None,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "preprocessing_num_workers": 1,
+        "max_steps": 1,
+        "val_size": 0.2,
+    }
+    run = world.fit(
+        world.root / f"twin_{path.stem}",
+        **{**settings, **elsewhere, "output_dir": str(world.root / f"twin_{path.stem}")},
+    )
+    assert json.loads((run / "eval_results.json").read_text())["eval_targets"] > 0
+    if settings["finetuning_type"] == "full":
+        assert type(LengthValueModel.from_pretrained(run)).__name__ == f"{kind}ForLengthValue"
 
 
 def test_page_names_every_setting_of_the_stage() -> None:

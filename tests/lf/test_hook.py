@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -134,9 +135,56 @@ def test_seams_are_those_of_the_tested_host(world: Any) -> None:
         for seam in group:
             function = getattr(module, seam.function)
             original = getattr(function, "__wrapped__", function)
-            assert seams.source_hash(original) == seam.sha256, f"{name}.{seam.function}"
+            found = seams.source_hash(original)
+            assert found == seam.sha256, (
+                f"LlamaFactory changed {name}.{seam.function}: read what is new, adapt lenvm_lf/seams.py, then record "
+                f"the hash {found} there"
+            )
     assert not seams.PROBLEMS
     seams.check(complete=True)
+
+
+def test_what_the_plugin_calls_takes_what_it_is_given(world: Any) -> None:
+    """Public functions of the host that are called, not wrapped: the arguments they are called with still exist."""
+    calls = {
+        "llamafactory.data:MultiModalDataCollatorForSeq2Seq": "template processor model tokenizer label_pad_token_id",
+        "llamafactory.data:get_template_and_fix_tokenizer": "tokenizer data_args",
+        "llamafactory.data.template:Template.encode_oneturn": "tokenizer messages system tools",
+        "llamafactory.data.template:Template.get_stop_token_ids": "tokenizer",
+        "llamafactory.data.mm_plugin:Qwen2VLPlugin.process_messages": "messages images videos audios processor",
+        "llamafactory.data.mm_plugin:Qwen3VLPlugin.process_messages": "messages images videos audios processor",
+        "llamafactory.data.converter:register_dataset_converter": "name dataset_converter",
+        "llamafactory.extras.ploting:plot_loss": "save_dictionary keys",
+        "llamafactory.train.trainer_utils:create_custom_optimizer": "model training_args finetuning_args",
+        "llamafactory.train.trainer_utils:create_custom_scheduler": "training_args num_training_steps optimizer",
+        "llamafactory.train.trainer_utils:create_modelcard_and_push": "trainer model_args data_args training_args",
+        "llamafactory.train.callbacks:SaveProcessorCallback": "processor",
+    }
+    for place, arguments in calls.items():
+        module, _, path = place.partition(":")
+        function: Any = importlib.import_module(module)
+        for name in path.split("."):
+            function = getattr(function, name)
+        missing = set(arguments.split()) - set(inspect.signature(function).parameters)
+        assert not missing, (
+            f"LlamaFactory changed {module}.{path}: it no longer takes {missing}, which lenvm_lf gives it"
+        )
+
+
+def test_a_changed_function_is_named_at_start(
+    world: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same signature with another body: the stage runs, and says which function to look at."""
+    name = "llamafactory.model.loader"
+    seam = seams.SEAMS[name][0]
+    monkeypatch.setitem(seams.SEAMS, name, (seams.Seam(seam.function, seam.parameters, "0" * 16),))
+    monkeypatch.setattr(seams, "CHANGED", [])
+    seams._check_module(importlib.import_module(name))
+    with caplog.at_level("WARNING"):
+        seams.check(complete=True)
+    assert (
+        "llamafactory.model.loader.load_model: signature as in the tested LlamaFactory 0.9.5, source not" in caplog.text
+    )
 
 
 def test_a_module_that_was_never_hooked_is_found(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:

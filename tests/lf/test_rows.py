@@ -203,6 +203,43 @@ def test_text_rows_equal_token_id_rows(world: Any) -> None:
     assert twice["completion_length"][0] == len(world.tokenizer(text_only[0]["completion"])["input_ids"]) + 1
 
 
+# What the published chat templates do with one user message: Qwen2.5 has a system prompt of its own, Qwen3 an empty
+# thought where thinking is off.
+TURN = "<|im_start|>{{messages[-1]['role']}}\n{{messages[-1]['content']}}<|im_end|>\n<|im_start|>assistant\n"
+CHATS = {
+    "qwen": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. "
+    "You are a helpful assistant.<|im_end|>\n{% endif %}" + TURN,
+    "qwen3": TURN + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}",
+}
+
+
+@pytest.mark.parametrize(("name", "thinking"), [("qwen", None), ("qwen3", True), ("qwen3", False)])
+def test_prompts_are_those_of_the_chat_template(world: Any, name: str, thinking: bool | None) -> None:
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template=name, enable_thinking=thinking))
+    messages = [{"role": "user", "content": "count to three"}]
+    options = {} if thinking is None else {"enable_thinking": thinking}
+    chat = tokenizer.apply_chat_template(
+        messages, chat_template=CHATS[name], tokenize=False, add_generation_prompt=True, **options
+    )
+    wanted = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    texts = ["<think>\nso\n</think>\n\none two" if thinking else "one two", "so on"]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    rows = [
+        {"messages": messages, "completion": texts[0]},
+        {"messages": messages, "completion_token_ids": [*ids[1], tokenizer.eos_token_id], "finish_reason": "stop"},
+    ]
+    data = processed(rows, 128, template, tokenizer)
+    assert data["skip"] == ["", ""]
+    for i in range(2):
+        assert data["input_ids"][i] == wanted + ids[i]
+        assert (data["prompt_length"][i], data["completion_length"][i]) == (len(wanted), len(ids[i]) + 1)
+
+
 def test_text_rows_that_cannot_be_used(world: Any) -> None:
     processor = LengthValueProcessor(None, None, 64)
     example = {
@@ -216,8 +253,10 @@ def test_text_rows_that_cannot_be_used(world: Any) -> None:
         processor.encode(example)
     with pytest.raises(ValueError, match="the completion is empty"):
         processor.encode(example | {"_response": [{"role": "assistant", "content": ""}]})
-    with pytest.raises(ValueError, match="images, videos and audio are not supported yet"):
+    with pytest.raises(ValueError, match=r"the row shows 1 image\(s\), but the model reads text only"):
         processor.encode(example | {"_images": ["x.png"]})
+    with pytest.raises(ValueError, match="reads text and images, got videos or audio"):
+        processor.encode(example | {"_videos": ["x.mp4"]})
 
 
 def test_collator_types() -> None:

@@ -17,6 +17,7 @@ from lenvm import LengthValueModel, LenvmConfig
 from lenvm.format import read_lenvm_config
 from lenvm_lf.checkpoint import adapter_block
 
+STREAM = {"streaming": True, "dataloader_num_workers": 1, "lenvm_gamma": 0.9, "lenvm_max_length": 40}
 EVERYTHING = {"per_device_train_batch_size": 48, "max_steps": 1, "disable_shuffling": True}
 
 
@@ -203,7 +204,7 @@ def test_accumulation_does_not_change_the_step(world: Any, batch: int) -> None:
 
 def test_grouped_batches_come_in_random_order() -> None:
     """Each batch is of similar lengths, but nothing leads from long to short: the length is what is learned."""
-    from lenvm_lf.trainer import ShuffledLengthGroups
+    from lenvm_lf.samplers import ShuffledLengthGroups
 
     torch.manual_seed(0)
     lengths = torch.randint(1, 400, (1605,)).tolist()
@@ -388,8 +389,12 @@ def test_validation_split_by_prompt_and_text_data(world: Any) -> None:
             "`lenvm_gamma` belong(s) to `stage: lenvm`, but the stage is 'sft'",
         ),
         ({"packing": True}, "does not support `packing`"),
-        ({"neat_packing": True}, "does not support `neat_packing`"),
-        ({"streaming": True, "max_steps": 3}, "does not support `streaming`"),
+        ({"neat_packing": True, "train_sampling_strategy": "group_by_length"}, "`neat_packing` with `train_sampling"),
+        ({"neat_packing": True, "lenvm_batches": "by_prompt"}, "`neat_packing` with `lenvm_batches: by_prompt`"),
+        ({"streaming": True}, "does not support `streaming` with `lenvm_gamma: auto` or without `lenvm_max_length`"),
+        ({**STREAM, "dataloader_num_workers": 0}, "does not support `streaming` with `dataloader_num_workers: 0`"),
+        ({**STREAM, "val_size": 3}, "does not support `val_size` with `streaming`"),
+        ({**STREAM, "neat_packing": True}, "does not support `streaming` with `neat_packing`"),
         ({"train_on_prompt": True}, "does not support `train_on_prompt` / `mask_history`"),
         ({"finetuning_type": "oft"}, "does not support `finetuning_type: oft`"),
         ({"compute_accuracy": True}, "does not support `compute_accuracy`"),

@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""Does every way of launching a training do the same steps? One table of losses and gradient norms.
+
+A tiny Qwen2 under `stage: lenvm`, the same data, order and learning rate, launched as: one process that accumulates
+two micro-batches; two ranks of DDP, FSDP2, ZeRO-2, ZeRO-3 (gloo, no GPU needed). Each is a real
+`llamafactory-cli train`. Printed: every step of every launch, the largest relative difference to one process, and that
+of the final weights. ZeRO needs `deepspeed` in the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from safetensors.torch import load_file  # noqa: E402
+
+from tests.lf.conftest import World, base_env, make_site  # noqa: E402
+
+KEYS = ("loss", "value_loss", "length_nll", "grad_norm")
+RANKS = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "DS_ACCELERATOR": "cpu", "DS_SKIP_CUDA_CHECK": "1"}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """DeepSpeed settings of one stage."""
+    settings = json.loads((ROOT / "examples" / "train" / "ds_z3.json").read_text())
+    settings["zero_optimization"]["stage"] = stage
+    if stage < 3:
+        settings["zero_optimization"] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+    return settings
+
+
+LAUNCHES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "1 process, accumulation 2": ({"gradient_accumulation_steps": 2}, {}),
+    "DDP, 2 ranks": ({"ddp_backend": "gloo"}, RANKS),
+    "FSDP2, 2 ranks": (
+        {
+            "ddp_backend": "gloo",
+            "fsdp": "full_shard auto_wrap",
+            "fsdp_config": {
+                "version": 2,
+                "transformer_layer_cls_to_wrap": "Qwen2DecoderLayer",
+                "state_dict_type": "FULL_STATE_DICT",
+            },
+        },
+        RANKS | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    ),
+    "ZeRO-2, 2 ranks": ({"ddp_backend": "gloo", "deepspeed": zero(2)}, RANKS),
+    "ZeRO-3, 2 ranks": ({"ddp_backend": "gloo", "deepspeed": zero(3), "use_cpu": False}, RANKS),
+}
+
+
+def launch(world: World, name: str, steps: int) -> Path:
+    """Train; returns the output folder.
+
+    Raises:
+        RuntimeError: with the end of its output, if it failed.
+    """
+    changes, env = LAUNCHES[name]
+    output = world.root / name.partition(",")[0].replace(" ", "_")
+    settings = world.settings(output, per_device_train_batch_size=6, max_steps=steps, learning_rate=1e-3, **changes)
+    env = env | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = world.run(settings, env=env)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
+    return output
+
+
+def difference(found: Path, wanted: Path) -> float:
+    """Largest difference of a weight, over the largest weight."""
+    a, b = (load_file(run / "model.safetensors") for run in (found, wanted))
+    if a.keys() != b.keys():
+        raise RuntimeError(f"{found.name} saved other weights: {sorted(a.keys() ^ b.keys())}")
+    return max(float((a[k].float() - b[k].float()).abs().max() / b[k].float().abs().max().clamp(min=1e-6)) for k in a)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--only", nargs="+", choices=[name.split()[0].strip(",") for name in LAUNCHES][1:])
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/equivalence.csv"))
+    options = parser.parse_args()
+    for key, value in base_env().items():
+        os.environ[key] = value
+    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    names = [n for i, n in enumerate(LAUNCHES) if not i or not options.only or n.split()[0].strip(",") in options.only]
+    runs: dict[str, Path] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        sites = {"pth": make_site(Path(folder) / "site_pth", ""), "none": Path(folder)}
+        world = World(Path(folder) / "world", sites)
+        for name in names:
+            if "ZeRO" in name and not has_deepspeed:
+                print(f"{name}: left out, deepspeed is not installed", flush=True)
+                continue
+            began = time.monotonic()
+            runs[name] = launch(world, name, options.steps)
+            print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+        first = runs[names[0]]
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("launch", "step", *KEYS))
+            for name, run in runs.items():
+                columns = [World.steps(run, key) for key in KEYS]
+                for step, values in enumerate(zip(*columns, strict=True), start=1):
+                    writer.writerow((name, step, *values))
+                    print(f"{name:<26} {step:>3}  " + "  ".join(f"{value:.7f}" for value in values))
+        print(f"\n{'largest relative difference':<28}" + "".join(f"{key:>13}" for key in (*KEYS, "weights")))
+        for name, run in runs.items():
+            cells = []
+            for key in KEYS:
+                pairs = zip(World.steps(run, key), World.steps(first, key), strict=True)
+                cells.append(max(abs(a - b) / abs(b) for a, b in pairs))
+            print(f"{name:<28}" + "".join(f"{value:13.1e}" for value in (*cells, difference(run, first))))
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The paper's comparisons of training choices, on the demo world: one table and one plot.
+
+    python examples/demo/ablations.py runs/demo --out runs/ablations [--steps 120] [--only target gamma ...]
+
+Reads a finished demo (`base/`, `samples/`), trains one LenVM for each choice with the demo's own configuration, the
+same number of optimizer steps each, and evaluates it on the same validation completions. Each group changes one thing:
+what the value head predicts, how tokens are weighted, gamma, how many samples a prompt, how many prompts, the order of
+the batches, the precision. Errors are in tokens, at 0 / 25 / 50 / 75 % of the answer (the paper's Figure 6). Runs in
+the train environment; a training that is already there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+POSITIONS = (0, 25, 50, 75)
+METRICS = ("length_mae", *(f"length_mae_{p}" for p in POSITIONS), "mre", "value_calibration_error")
+GROUPS: dict[str, dict[str, dict[str, Any]]] = {
+    "target": {
+        "return (default)": {},
+        "length": {"lenvm_target": "length"},
+        "normalized_length": {"lenvm_target": "normalized_length"},
+        "log_length": {"lenvm_target": "log_length"},
+    },
+    "weighting": {"token (default)": {}, "trajectory": {"lenvm_weighting": "trajectory"}},
+    "gamma": {
+        "auto (default)": {},
+        "0.9": {"lenvm_gamma": 0.9},
+        "0.99": {"lenvm_gamma": 0.99},
+        "0.999": {"lenvm_gamma": 0.999},
+    },
+    "samples per prompt": {"all (default)": {}, "4": {"samples": 4}, "2": {"samples": 2}, "1": {"samples": 1}},
+    "prompts": {"all (default)": {}, "1/4": {"share": 0.25}, "1/16": {"share": 0.0625}},
+    "batches": {"shuffled (default)": {}, "by_prompt": {"lenvm_batches": "by_prompt"}},
+    "lambda": {"1 (default)": {}, "0.95": {"lenvm_lambda": 0.95}, "0": {"lenvm_lambda": 0.0}},
+    "precision": {"float32 (default)": {}, "bfloat16": {"bf16": True}},
+}
+
+
+def subset(rows: list[str], samples: int | None, share: float) -> list[str]:
+    """The first `samples` completions of each prompt, of a random share of the prompts.
+
+    Args:
+        rows: JSON lines with `prompt_id`.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        groups[json.loads(row)["prompt_id"]].append(row)
+    names = sorted(groups)
+    random.Random(0).shuffle(names)
+    kept = names[: max(1, round(share * len(names)))]
+    return [row for name in kept for row in groups[name][:samples]]
+
+
+def train(settings: dict[str, Any]) -> None:
+    """A LlamaFactory training in this process, the state of an earlier one forgotten."""
+    from lenvm_lf import _hook
+
+    _hook.install()
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from llamafactory.train.tuner import run_exp
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    run_exp(settings)
+
+
+def measure(demo: Path, out: Path, steps: int, changes: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Train one choice, unless it is there, and return its evaluation."""
+    samples, share = changes.get("samples"), changes.get("share", 1.0)
+    changes = {key: value for key, value in changes.items() if key not in ("samples", "share")}
+    named = {**changes, "samples": samples, "share": share, "steps": steps, **extra}
+    name = "_".join(
+        f"{key.removeprefix('lenvm_')}-{value}" for key, value in sorted(named.items()) if value is not None
+    )
+    run = out / name.replace("/", "-")
+    if not (run / "eval_results.json").is_file():
+        run.mkdir(parents=True, exist_ok=True)
+        rows = (demo / "samples" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (run / "train.jsonl").write_text("".join(subset(rows, samples, share)), encoding="utf-8")
+        held_out = demo / "samples" / "val.jsonl"
+        info = {
+            "train": {"file_name": "train.jsonl", "formatting": "lenvm"},
+            "val": {"file_name": str(held_out.resolve()), "formatting": "lenvm"},
+        }
+        (run / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+        settings = yaml.safe_load((HERE / "train_lenvm.yaml").read_text(encoding="utf-8"))
+        settings |= {
+            "model_name_or_path": str(demo / "base"),
+            "dataset_dir": str(run),
+            "output_dir": str(run),
+            "max_steps": steps,
+            "warmup_steps": steps // 8,
+            "save_strategy": "no",
+            "lenvm_heads": "value",  # what is compared
+        }
+        train(settings | extra | changes)
+    return json.loads((run / "eval_results.json").read_text(encoding="utf-8"))
+
+
+def plot(path: Path, found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """A panel for each group: the error at four places of the answer, a line for each choice."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(4, len(found))
+    lines = -(-len(found) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 3 * lines), squeeze=False, sharey=True)
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
+    for axis, (group, choices) in zip(axes.flat, found.items(), strict=False):
+        for choice, metrics in choices.items():
+            errors = [metrics[f"eval_length_mae_{p}"] for p in POSITIONS]
+            axis.plot(POSITIONS, errors, marker="o", label=choice, lw=2 if "default" in choice else 1)
+        axis.set_title(group)
+        axis.set_xlabel("% of the answer seen")
+        axis.set_xticks(POSITIONS)
+        axis.legend(fontsize=7)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("error in tokens")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("demo", type=Path, help="folder of a finished demo run")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each training")
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), metavar="GROUP")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of every training")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
+    extra = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in options.set)}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for group in options.only:
+        found[group] = {}
+        for choice, changes in GROUPS[group].items():
+            found[group][choice] = measure(options.demo, options.out, options.steps, changes, extra)
+            errors = found[group][choice]
+            print(f"{group}: {choice}: {errors['eval_length_mae']:.2f}", flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "ablations.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("group", "choice", "steps", *METRICS))
+        for group, choices in found.items():
+            for choice, metrics in choices.items():
+                writer.writerow((group, choice, options.steps, *(f"{metrics[f'eval_{m}']:.4g}" for m in METRICS)))
+    plot(options.out / "ablations.png", found)
+    head = ("group", "choice", "MAE", *(f"at {p} %" for p in POSITIONS), "MRE", "calibration")
+    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for group, choices in found.items():
+        for choice, metrics in choices.items():
+            cells = [f"{metrics[f'eval_{m}']:.1f}" for m in METRICS[:-2]]
+            cells += [f"{metrics[f'eval_{m}']:.3f}" for m in METRICS[-2:]]
+            print("| " + " | ".join((group, choice, *cells)) + " |")
+    print(f"\n{options.out}/ablations.csv, {options.out}/ablations.png")
+
+
+if __name__ == "__main__":
+    main()
