@@ -41,11 +41,11 @@ METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__",
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[misc]
-    """Counts by phase: `host`, `ours`, `value` (the value model's forward and heads), `kernels` (what kernels replace).
+    """Counts by phase: `host`, `ours`, `value` (the value model's forward), `heads`, `kernels` (what kernels replace).
 
     Attributes:
         counts: phase -> counter of launches, bytes, waits, forwards, tokens.
-        waits: where the waits of `ours` and `value` are, for a reader.
+        waits: where they are outside `host`, for a reader.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ def recording(engine: InProcess) -> Iterator[Recorder]:
         stack.enter_context(
             engine.replaced(worker, "_forward", recorder.wrapped(worker._forward, "value", "forwards", True))
         )
-        scores = recorder.wrapped(worker.runner.model.scores, "value")
+        scores = recorder.wrapped(worker.runner.model.scores, "heads")
         stack.enter_context(engine.replaced(worker.runner.model, "scores", scores))
         for module, name in ((processor, "build_candidates"), (processor, "tilt_sample"), (model, "value_head")):
             kernel = recorder.wrapped(getattr(module, name), "kernels", name)
@@ -167,19 +167,31 @@ def count(engine: InProcess, rows: int, context: int, fields: dict[str, Any]) ->
     return recorder, steps + 1
 
 
+def answers(engine: InProcess, kind: str) -> list[list[int]]:
+    """Greedy answers to prompts of several lengths."""
+    g = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(2, engine.vocabulary, (n,), generator=g).tolist() for n in (3, 17, 9)]
+    requests = [engine.request(p, 8, FIELDS[kind], temperature=0.0) for p in prompts]
+    found: dict[str, Any] = {}
+    # the host drops its requests when they end, so hold them
+    engine.run(requests, lambda batch: found.update({req.rid: req for req in batch.reqs}))
+    return [list(found[r.rid].output_ids) for r in requests]
+
+
 def report(table: Table, engine: InProcess, provider: str, kind: str, rows: int, context: int, width: int) -> None:
     recorder, steps = count(engine, rows, context, FIELDS[kind])
-    ours, value, kernels = (recorder.counts[p] for p in ("ours", "value", "kernels"))
+    ours, value, heads, kernels = (recorder.counts[p] for p in ("ours", "value", "heads", "kernels"))
     replaced = provider != "ours" or torch.cuda.is_available()
     launches = ours["launches"] + (sum(KERNELS[k] * kernels[k] for k in KERNELS) if replaced else kernels["launches"])
     found = {
         "value forwards": value["forwards"] / steps,
         "value tokens per row": value["tokens"] / steps / rows,
-        "waits of ours": (ours["waits"] + value["waits"] + kernels["waits"]) / steps,
+        "waits of ours": (ours["waits"] + heads["waits"] + kernels["waits"]) / steps,
+        "waits of the host's attention": value["waits"] / steps,
         "launches of ours outside the value forward": launches / steps,
-        "launches of the value forward": value["launches"] / steps,
+        "launches of the value forward": (value["launches"] + heads["launches"]) / steps,
         "bytes of ours per token": (ours["bytes"] + kernels["bytes"]) / steps / rows,
-        "bytes of the value forward per token": value["bytes"] / steps / rows,
+        "bytes of the value forward per token": (value["bytes"] + heads["bytes"]) / steps / rows,
     }
     sizes = f"B={rows} K={width} L={context} {kind}"
     for name, figure in found.items():
@@ -218,7 +230,11 @@ def main(arguments: list[str] | None = None) -> None:
                 for kind in ("posterior",) if options.dry else FIELDS:
                     report(table, engine, "ours", kind, batch, context, options.candidates)
         if not torch.cuda.is_available():
+            said = [answers(engine, kind) for kind in FIELDS]
             engine.worker.waits_for_nobody = False
+            engine.worker.use_host_attention()
+            if said != [answers(engine, kind) for kind in FIELDS]:
+                raise SystemExit("value_step: the device path and the CPU's path give different tokens.")
             for kind in FIELDS:
                 report(table, engine, "ours, device path", kind, rows[-1], contexts[0], options.candidates)
     print(f"in {options.out}")

@@ -164,9 +164,8 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         if worker.waits_for_nobody:
             # Kept slots are a prefix of the sorted set; with no device to wait for, narrow the forward to them.
             candidates = narrow(candidates, int(candidates.kept.sum(-1).max()))
-        scores = worker.score(
-            place, lengths, longest_sequence(batch, rows, worker), candidates, not place.present.isdisjoint(BY_VALUE)
-        )
+        by_value = not place.present.isdisjoint(BY_VALUE)
+        scores = worker.score(place, lengths, host_lengths(batch, rows, worker), candidates, by_value)
         sample = tilt_sample(
             candidates,
             scores,
@@ -185,7 +184,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         else:
             step.logits.index_fill_(0, place.index, -torch.inf)
             step.logits[place.index, sample.token_id] = 0.0
-        worker.remember(place.slots, sample.slot)
+        worker.remember(place, sample.slot)
         self._report(step, place, sample.length)
 
     def watch(self, step: SamplingStep, token_ids: Tensor) -> None:
@@ -205,9 +204,9 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             log_p=torch.zeros(token.shape, device=token.device),
             is_stop=(place.parameters.stop_token_ids == token).any(-1, keepdim=True),
         )
-        longest = longest_sequence(batch, rows, worker)
-        scores = worker.score(place, place.take(batch.seq_lens), longest, candidates, value=False)
-        worker.remember(place.slots, torch.zeros_like(place.slots))
+        mirror = host_lengths(batch, rows, worker)
+        scores = worker.score(place, place.take(batch.seq_lens), mirror, candidates, value=False)
+        worker.remember(place, None)
         self._report(step, place, predicted_lengths(candidates, scores, worker.lenvm)[:, 0])
 
     @staticmethod
@@ -238,11 +237,11 @@ def narrow(candidates: Candidates, width: int) -> Candidates:
     return Candidates(candidates.token_ids[:, :width], candidates.log_p[:, :width], candidates.is_stop[:, :width])
 
 
-def longest_sequence(batch: Any, rows: LengthRows, worker: ValueWorker) -> int:
-    """At least the most tokens that a row of `rows` has read: from the host's mirror of the sequence lengths, or, where
-    the host keeps none, all that the device's request table holds."""
+def host_lengths(batch: Any, rows: LengthRows, worker: ValueWorker) -> Tensor:
+    """[R] at least as many tokens as each of `rows` has read: the host's mirror of the sequence lengths, or, where it
+    keeps none, all that a sequence may have."""
     if batch.seq_lens_cpu is not None:
-        return int(batch.seq_lens_cpu[rows.index].max())
+        return batch.seq_lens_cpu[rows.index]
     if worker.waits_for_nobody:
-        return int(batch.seq_lens[rows.index].max())
-    return int(worker.base.model_config.context_len)
+        return batch.seq_lens[rows.index]
+    return torch.full((len(rows.index),), worker.base.model_config.context_len - 1)

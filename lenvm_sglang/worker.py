@@ -74,23 +74,25 @@ class Place:
         whole: they are the whole batch, in its order.
         index: [R] int64 positions in the batch.
         slots: [R] int64 rows of the host's request pool.
+        scratch: [R, K] int64 KV slots of their candidates.
         present: the controls among them.
         strict: one of them has `length_strict`.
         reach: how many of the most probable tokens have to be ordered for them.
         reported: those that report the length after each token; None for none of them.
     """
 
-    def __init__(self, batch: Any, rows: LengthRows, table: RowTable, width: int, vocabulary: int) -> None:
+    def __init__(self, batch: Any, rows: LengthRows, table: RowTable, scratch: Tensor, vocabulary: int) -> None:
         device = batch.seq_lens.device
         self.states = rows.states
         self.whole = len(rows.index) == batch.batch_size
         self.index = to_device(rows.index, torch.int64, device)
         self.slots = batch.req_pool_indices[self.index].long()
+        self.scratch = scratch[self.slots]
         self.parameters = table.parameters(self.slots)
         self.present = frozenset(s.request.control_code for s in rows.states)
         self.strict = any(s.request.strict for s in rows.states)
         # the states are on the host: with no top-k on, ordering K tokens is enough
-        self.reach = max([width, *(s.top_k for s in rows.states if s.top_k < vocabulary)])
+        self.reach = max([scratch.shape[1], *(s.top_k for s in rows.states if s.top_k < vocabulary)])
         wanted = [i for i, s in enumerate(rows.states) if s.request.return_values]
         self.reported: Reported | None = None
         if wanted:
@@ -210,7 +212,6 @@ class ValueWorker:
             )
         slots = base.token_to_kv_pool.size + 1  # slot 0 is the host's dump for padded rows
         self.request_rows = base.req_to_token_pool.req_to_token.shape[0]
-        self.scratch = slots
         config = runner.model_config
         self.pool = MHATokenToKVPool(
             slots + self.request_rows * self.width,
@@ -225,8 +226,9 @@ class ValueWorker:
         )
         device = base.req_to_token_pool.req_to_token.device
         self.table = RowTable(self.request_rows, device)
+        scratch = torch.arange(slots, slots + self.request_rows * self.width, device=device)
+        self.scratch = scratch.view(self.request_rows, self.width)
         self.chosen = torch.zeros(self.request_rows, dtype=torch.int64, device=device)
-        self.slot_of_candidate = torch.arange(self.width, device=device)
         self.waits_for_nobody = device.type == "cpu"
         logger.info(
             "lenvm: value KV pool of %d slots (%d of them scratch), %.1f MB",
@@ -245,12 +247,16 @@ class ValueWorker:
         runner.max_total_num_tokens = base.max_total_num_tokens
         runner.init_kv_index_translator()
         runner.init_attention_backends()
-        self.sequences = runner.attn_backend
+        self.sequences, self.sequence_slots = runner.attn_backend, runner.kv_index_translator
         self.virtual: Tensor | None = None
         if runner.decode_attention_backend_str == "torch_native" and plain_attention(runner.model):
             self.candidates: Any = SharedPrefixBackend(self.pool, base.req_to_token_pool, runner.model_config.dtype)
-            return
-        # The host's backend reads a row's slots from a request table, so candidate rows get one of their own.
+        else:
+            self.use_host_attention()
+
+    def use_host_attention(self) -> None:
+        """Score candidates through the host's own backend, as decode rows of a request table of their own."""
+        base, runner = self.base, self.runner
         real = base.req_to_token_pool.req_to_token
         self.virtual = torch.zeros(VIRTUAL_ROWS, real.shape[1], dtype=real.dtype, device=real.device)
         self.virtual_rows = torch.arange(VIRTUAL_ROWS, device=real.device)
@@ -259,7 +265,7 @@ class ValueWorker:
         runner.req_to_token_pool = pool
         runner.init_kv_index_translator()
         runner.init_attention_backends()
-        self.candidates = runner.attn_backend
+        self.candidates, self.candidate_slots = runner.attn_backend, runner.kv_index_translator
 
     # ----- forwards -------------------------------------------------------------------------------------------------
 
@@ -275,13 +281,13 @@ class ValueWorker:
         """
         if batch.forward_mode.is_decode():
             place = self.place(batch, rows)
-            source = self.scratch + place.slots * self.width + self.chosen[place.slots]
-            self._keep(source, place.take(batch.out_cache_loc).long())
+            self._keep(self.chosen[place.slots], place.take(batch.out_cache_loc).long())
             return None
         index = to_device(rows.index, torch.int64, batch.seq_lens.device)
         self.table.write(batch.req_pool_indices[index].long(), rows.states)
         self._places.clear()
         part = select_rows(batch, rows.index, index)
+        self.sequence_slots.bind_runner_slots(part)
         self.prefill_tokens += part.extend_num_tokens
         self.sequences.init_forward_metadata(part)
         hidden = self._forward(part, self.sequences)
@@ -293,7 +299,7 @@ class ValueWorker:
         place = self._places.get(key)
         # a place keeps its states alive, so an id is not given to another object meanwhile
         if place is None:
-            place = Place(batch, rows, self.table, self.width, self.vocabulary)
+            place = Place(batch, rows, self.table, self.scratch, self.vocabulary)
             while len(self._places) >= _PLACES:
                 self._places.pop(next(iter(self._places)))
             self._places[key] = place
@@ -312,7 +318,7 @@ class ValueWorker:
         return self.runner.model.scores(read.hidden[to_device(list(index), torch.int64, read.hidden.device)])
 
     def score(
-        self, place: Place, sequence_lengths: Tensor, longest: int, candidates: Candidates, value: bool = True
+        self, place: Place, sequence_lengths: Tensor, mirror: Tensor, candidates: Candidates, value: bool = True
     ) -> Scores:
         """Scores of the states after each candidate, from one forward; their KV stays in scratch.
 
@@ -321,7 +327,7 @@ class ValueWorker:
         Args:
             place: R rows.
             sequence_lengths: [R] tokens read so far.
-            longest: at least the largest of them, on the host.
+            mirror: [R] at least as many, on the host.
             candidates: [R, K'] with K' <= K.
             value: whether z is wanted.
 
@@ -331,8 +337,8 @@ class ValueWorker:
         rows, width = candidates.token_ids.shape
         self.scored_rows += rows
         if self.virtual is not None:
-            return self._score_in_parts(place.slots, sequence_lengths, longest, candidates.token_ids, value)
-        own = self.scratch + place.slots[:, None] * self.width + self.slot_of_candidate[:width]
+            return self._score_in_parts(place, sequence_lengths, mirror, candidates.token_ids, value)
+        own = place.scratch[:, :width]
         tokens, slots = candidates.token_ids.flatten(), own.flatten()
         positions = sequence_lengths.long()[:, None].expand(rows, width).reshape(-1)
         fed = None
@@ -344,8 +350,8 @@ class ValueWorker:
                 fed = None
             else:
                 tokens, positions, slots = tokens[fed], positions[fed], slots[fed]
-                own = own.masked_fill_(~kept, 0)
-        self.candidates.prepare(place.slots, sequence_lengths, longest, own, fed)
+                own = own.masked_fill(~kept, 0)
+        self.candidates.prepare(place.slots, sequence_lengths, int(mirror.max()), own, fed)
         scores = self.runner.model.scores(self._forward(decode_batch(tokens, positions, slots), self.candidates), value)
 
         def spread(x: Tensor) -> Tensor:
@@ -356,14 +362,21 @@ class ValueWorker:
         return Scores(spread(scores.z), None if scores.length_log_q is None else spread(scores.length_log_q))
 
     def _score_in_parts(
-        self, slots: Tensor, sequence_lengths: Tensor, longest: int, token_ids: Tensor, value: bool
+        self, place: Place, sequence_lengths: Tensor, mirror: Tensor, token_ids: Tensor, value: bool
     ) -> Scores:
         """Through the host's backend, `VIRTUAL_ROWS` candidates at a time."""
         width = token_ids.shape[1]
         step = VIRTUAL_ROWS // width
         parts = [
-            self._score_part(slots[part], sequence_lengths[part], longest, token_ids[part], value)
-            for part in (slice(i, i + step) for i in range(0, len(slots), step))
+            self._score_part(
+                place.slots[part],
+                place.scratch[part, :width],
+                sequence_lengths[part],
+                mirror[part],
+                token_ids[part],
+                value,
+            )
+            for part in (slice(i, i + step) for i in range(0, len(token_ids), step))
         ]
         if len(parts) == 1:
             return parts[0]
@@ -371,27 +384,31 @@ class ValueWorker:
         return Scores(torch.cat([p.z for p in parts]), torch.cat(log_q) if log_q else None)
 
     def _score_part(
-        self, slots: Tensor, sequence_lengths: Tensor, longest: int, token_ids: Tensor, value: bool
+        self, slots: Tensor, own: Tensor, sequence_lengths: Tensor, mirror: Tensor, token_ids: Tensor, value: bool
     ) -> Scores:
         assert self.virtual is not None
         rows, width = token_ids.shape
         count = rows * width
-        own = self.scratch + slots[:, None] * self.width + self.slot_of_candidate[:width]  # [R, K']
         positions = sequence_lengths.long()[:, None].expand(rows, width).reshape(-1)
         batch = decode_batch(token_ids.reshape(-1), positions, own.reshape(-1))
-        table = self.virtual[:count]
+        table, longest = self.virtual[:count], int(mirror.max())
         prefix = self.base.req_to_token_pool.req_to_token[slots, :longest]
         table.view(rows, width, -1)[..., :longest] = prefix[:, None]
         table.scatter_(1, positions[:, None], own.reshape(-1, 1).to(table.dtype))
         batch.req_pool_indices = self.virtual_rows[:count]
-        batch.seq_lens_sum = count * (longest + 1)  # an upper bound: the host only sizes a buffer by it
+        # what the host's backends size their buffers by
+        batch.seq_lens_cpu = (mirror + 1).repeat_interleave(width)
+        batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
+        self.candidate_slots.bind_runner_slots(batch)
         self.candidates.init_forward_metadata(batch)
         hidden = self._forward(batch, self.candidates)
         return self.runner.model.scores(hidden.view(rows, width, -1), value)
 
-    def remember(self, slots: Tensor, choice: Tensor) -> None:
-        """Note the chosen candidate [R] of each row; its KV is kept by the next `follow`."""
-        self.chosen[slots] = choice
+    def remember(self, place: Place, choice: Tensor | None) -> None:
+        """Note where the KV of each row's chosen candidate [R] is (None: the first); the next `follow` keeps it."""
+        scratch = place.scratch
+        chosen = scratch[:, 0] if choice is None else scratch.gather(1, choice[:, None])[:, 0]
+        self.chosen.index_copy_(0, place.slots, chosen)
 
     def _forward(self, batch: Any, backend: Any) -> Tensor:
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
