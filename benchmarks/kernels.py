@@ -13,9 +13,7 @@ GPU, nor about anything else.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from benchmarks.common import Table, quantiles  # noqa: E402
 from lenvm.bins import LengthBins  # noqa: E402
 from lenvm.candidates import SamplingRows  # noqa: E402
 from lenvm.format import LenvmConfig  # noqa: E402
@@ -36,7 +35,6 @@ from lenvm.guidance import Control, GuidanceRows, Mode, Scores  # noqa: E402
 from lenvm.heads import ValueHead  # noqa: E402
 from lenvm_kernels import build_candidates, reference, tilt_sample, value_head  # noqa: E402
 
-FIELDS = ("name", "provider", "sizes", "p20", "p50", "p80", "hardware", "versions")
 DEVICE = "cpu" if DRY else "cuda"
 
 
@@ -188,10 +186,6 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def quantiles(values: list[float]) -> list[float]:
-    return torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-
-
 def machine_speed() -> tuple[float, dict[torch.dtype, float]]:
     """Bytes a microsecond of a large copy, and flops a microsecond of a large matrix product of each dtype."""
     source = torch.empty((2**22 if DRY else 2**30), dtype=torch.int8, device=DEVICE)
@@ -214,39 +208,30 @@ def main() -> None:
     if not DRY and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --dry runs the script end to end on a CPU, without meaningful times")
 
-    import triton
-
-    hardware = f"{platform.processor() or platform.machine()} (dry run: times mean nothing)"
-    if not DRY:
-        hardware = torch.cuda.get_device_name()
-    versions = f"torch {torch.__version__}, triton {triton.__version__}"
     copy, products = machine_speed()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     ratios = []
-    with options.out.open("w", newline="") as file, torch.no_grad():
-        writer = csv.writer(file)
-        writer.writerow(FIELDS)
+    with Table(options.out, "dry run: times mean nothing" * DRY) as table, torch.no_grad():
         for case in cases():
             # one compilation for each shape, as a serving step has fixed shapes
             torch._dynamo.reset()
             compiled = torch.compile(case.eager, dynamic=False, backend="eager" if DRY else "inductor")
             found: dict[str, list[float]] = {
-                "ours": quantiles(times(graphed(case.ours), options.repeats)),
-                "eager": quantiles(times(graphed(lambda c=case: c.eager(*c.arguments)), options.repeats)),  # type: ignore[misc]
-                "compile": quantiles(
-                    times(graphed(lambda c=case, f=compiled: f(*c.arguments)), options.repeats)  # type: ignore[misc]
+                "ours": times(graphed(case.ours), options.repeats),
+                "eager": times(graphed(lambda c=case: c.eager(*c.arguments)), options.repeats),  # type: ignore[misc]
+                "compile": times(
+                    graphed(lambda c=case, f=compiled: f(*c.arguments)),
+                    options.repeats,  # type: ignore[misc]
                 ),
-                "floor_bytes": [case.bytes_moved / copy] * 3,
-                "floor_flops": [case.flops / products[case.dtype]] * 3,
+                "floor_bytes": [case.bytes_moved / copy],
+                "floor_flops": [case.flops / products[case.dtype]],
             }
-            for provider, three in found.items():
-                row = (case.name, provider, case.sizes, *(f"{t:.3f}" for t in three), hardware, versions)
-                writer.writerow(row)
-            file.flush()
-            ours = found["ours"][1]
-            floor = max(found["floor_bytes"][1], found["floor_flops"][1])
-            line = f"{case.name}, {case.sizes}: eager/ours {found['eager'][1] / ours:.2f}"
-            ratios.append(f"{line}, compile/ours {found['compile'][1] / ours:.2f}, ours/floor {ours / floor:.1f}")
+            middle = {
+                provider: table.add(case.name, provider, case.sizes, values) for provider, values in found.items()
+            }
+            ours = middle["ours"]
+            floor = max(middle["floor_bytes"], middle["floor_flops"])
+            line = f"{case.name}, {case.sizes}: eager/ours {middle['eager'] / ours:.2f}"
+            ratios.append(f"{line}, compile/ours {middle['compile'] / ours:.2f}, ours/floor {ours / floor:.1f}")
             print(ratios[-1], flush=True)
     print(f"{len(ratios)} cases in {options.out}")
     if DRY:

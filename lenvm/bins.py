@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -67,6 +68,10 @@ class LengthBins:
         """The last centre; longer lengths count as this one."""
         return self.centres[-1]
 
+    def table(self, name: TableName, device: torch.device) -> Tensor:
+        """A table of these bins on a device, copied there once: none of the functions below waits for the device."""
+        return _table(self.centres, name, device)
+
     @cached_property
     def centre_tensor(self) -> Tensor:
         """[B] float64 centres in tokens, on the CPU."""
@@ -81,7 +86,7 @@ class LengthBins:
         Returns:
             low [...] int64, high [...] int64 (= low where n is a centre), w [...] float32 weight of `high`.
         """
-        centres = self.centre_tensor.to(n.device)
+        centres = self.table("centre_tensor", n.device)
         x = n.to(torch.float64).clamp(1, self.longest)
         high = torch.searchsorted(centres, x).clamp(max=len(self) - 1)
         exact = centres[high] == x
@@ -123,15 +128,20 @@ class LengthBins:
         Returns:
             [..., longest + 1] float32.
         """
-        return log_q.float().exp() @ self.decode_matrix().to(log_q.device)
+        return log_q.float().exp() @ self.table("decode", log_q.device)
 
     def expected(self, log_q: Tensor) -> Tensor:
         """E[n] in tokens, [...]: sum_b q_b centre_b (a bin's decoded mean is its centre up to rounding of the grid)."""
-        means = self._bin_means.to(log_q.device)
-        return (log_q.float().exp() * means).sum(-1)
+        return (log_q.float().exp() * self.table("means", log_q.device)).sum(-1)
 
     @cached_property
-    def _bin_means(self) -> Tensor:
+    def decode(self) -> Tensor:
+        """`decode_matrix()`."""
+        return self.decode_matrix()
+
+    @cached_property
+    def means(self) -> Tensor:
+        """[B] float32 mean of each bin in tokens, on the CPU."""
         dec = self.decode_matrix().double()
         return (dec @ torch.arange(dec.shape[1], dtype=torch.float64)).float()
 
@@ -155,15 +165,27 @@ class LengthBins:
             [...] float32, <= 0.
         """
         # P(n' >= n) = sum_b q_b S_b(n), S_b(n) = sum_{k >= n} DEC[b, k]
-        survival = self._survival.to(log_q.device)  # [longest + 1, B]
+        survival = self.table("survival", log_q.device)
         rows = survival[n.long().clamp(1, self.longest)]
         return torch.logsumexp(log_q.float() + rows.log(), dim=-1).clamp(max=0.0)
 
     @cached_property
-    def _survival(self) -> Tensor:
+    def survival(self) -> Tensor:
+        """[longest + 1, B] float32: P(n >= k) inside each bin, on the CPU."""
         dec = self.decode_matrix().double()
         tail = dec.flip(1).cumsum(1).flip(1).clamp(0.0, 1.0)
         return tail.T.contiguous().float()
+
+
+TableName = Literal["centre_tensor", "decode", "means", "survival"]
+
+
+# not in inference mode, whoever asks first: a training's backward pass may read the tables too
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _table(centres: tuple[int, ...], name: TableName, device: torch.device) -> Tensor:
+    table: Tensor = getattr(_cached_bins(centres), name)
+    return table.to(device)
 
 
 @lru_cache(maxsize=8)
@@ -172,6 +194,7 @@ def _cached_bins(centres: tuple[int, ...]) -> LengthBins:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _decode_matrix(centres: tuple[int, ...]) -> Tensor:
     bins = LengthBins(centres)
     weights = bins.targets(torch.arange(1, bins.longest + 1)).double()  # [N, B]

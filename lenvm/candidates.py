@@ -83,8 +83,9 @@ def build_candidates(
     vocabulary = logits.shape[-1]
     width = min(max_candidates, vocabulary)
     scaled = logits.float() / sampling.temperature[:, None]
-    is_stop_token = _stop_mask(stop_token_ids, vocabulary)
-    allowed = scaled > -torch.inf
+    if ban_stop is not None or force_stop is not None:
+        is_stop_token = _stop_mask(stop_token_ids, vocabulary)
+        allowed = scaled > -torch.inf
     if ban_stop is not None:
         rest = allowed & ~is_stop_token
         use = (ban_stop & rest.any(-1))[:, None]
@@ -115,7 +116,7 @@ def build_candidates(
     token_ids = order[:, :width]
     log_p = torch.where(keep[:, :width], sorted_p[:, :width].log(), -torch.inf)
     log_p = torch.log_softmax(log_p, dim=-1)
-    is_stop = is_stop_token.gather(-1, token_ids)
+    is_stop = (token_ids[..., None] == stop_token_ids[:, None, :]).any(-1)
     return Candidates(token_ids=token_ids, log_p=log_p, is_stop=is_stop)
 
 

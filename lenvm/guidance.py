@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -160,8 +161,9 @@ def guide_rows(
     for control, rule in RULES.items():
         if present is not None and control not in present:
             continue
-        chosen = (rows.control == control)[:, None]
-        result = torch.where(chosen, rule(candidates, scores, rows, lenvm), result)
+        guided = rule(candidates, scores, rows, lenvm)
+        alone = present is not None and len(present) == 1
+        result = guided if alone else torch.where((rows.control == control)[:, None], guided, result)
     result = result.masked_fill(~candidates.kept, -torch.inf)
     total = torch.logsumexp(result, dim=-1, keepdim=True)
     valid = total.isfinite()
@@ -195,10 +197,43 @@ def posterior_weights(candidates: Candidates, scores: Scores, rows: GuidanceRows
         log_q, bins = scores.length_log_q, lenvm.length_bins
     else:
         log_q, bins = lognormal_log_q(scores.z, lenvm)
-    kernel = length_kernel(rows, bins)  # [R, N + 1]
-    per_bin = kernel @ bins.decode_matrix().to(log_q.device).T  # [R, B]
-    weight = torch.einsum("rkb,rb->rk", log_q.exp(), per_bin)
-    return torch.where(candidates.is_stop, kernel[:, :1], weight).masked_fill(~candidates.kept, 0.0)
+    at_zero, per_bin = kernel_per_bin(rows, bins)
+    weight = torch.bmm(log_q.exp(), per_bin[:, :, None])[..., 0]
+    return torch.where(candidates.is_stop, at_zero[:, None], weight).masked_fill(~candidates.kept, 0.0)
+
+
+def kernel_per_bin(rows: GuidanceRows, bins: LengthBins) -> tuple[Tensor, Tensor]:
+    """K(0) [R] and sum_n DEC[b, n] K(n) [R, B] of each row, float32: what `length_kernel` says, bin by bin.
+
+    Without a tolerance there are few different kernels, and a table of them is read. Only on the CPU, where asking
+    whether there is a tolerance waits for nobody.
+    """
+    if rows.tolerance.device.type != "cpu" or rows.tolerance.any():
+        kernel = length_kernel(rows, bins)  # [R, N + 1]
+        return kernel[:, 0], kernel @ bins.table("decode", kernel.device).T
+    left, past = rows.left, 3 * (bins.longest + 1)
+    index = rows.mode * (bins.longest + 1) + left.clamp(0, bins.longest)
+    index = index.masked_fill((left < 0) & (rows.mode != Mode.AT_LEAST), past)
+    found = _kernels_per_bin(bins.centres)[index]
+    return found[:, 0], found[:, 1:]
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def _kernels_per_bin(centres: tuple[int, ...]) -> Tensor:
+    """[3 (N + 1) + 1, 1 + B] float32: of each mode and each m, then of equal_to and at_most past the bound, K(0) and
+    the sums over the bins."""
+    decode = LengthBins.cached(centres).decode_matrix().double().T  # [N + 1, B]
+    n = torch.arange(len(decode), dtype=torch.float64)
+    m_is_zero = (n == 0).double()
+    parts = {
+        Mode.EQUAL_TO: (m_is_zero, decode),
+        Mode.AT_MOST: (torch.ones_like(n), decode.cumsum(0)),
+        Mode.AT_LEAST: (m_is_zero, decode.flip(0).cumsum(0).flip(0)),
+    }
+    past = torch.exp(-n / OVERRUN_TOKENS)[None] @ decode
+    rows = [torch.cat([at_zero[:, None], sums], 1) for at_zero, sums in (parts[mode] for mode in Mode)]
+    return torch.cat([*rows, torch.cat([torch.ones_like(past[:, :1]), past], 1)]).float()
 
 
 def length_kernel(rows: GuidanceRows, bins: LengthBins) -> Tensor:

@@ -36,9 +36,14 @@ class MLPHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [..., H] of any float dtype -> [..., out] float32."""
+        if not torch.is_autocast_enabled(hidden.device.type):
+            return self._heads(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            inner = F.silu(F.linear(hidden.float(), self.w1.float(), self.b1.float()))
-            return F.linear(inner, self.w2.float(), self.b2.float())
+            return self._heads(hidden)
+
+    def _heads(self, hidden: Tensor) -> Tensor:
+        inner = F.silu(F.linear(hidden.float(), self.w1.float(), self.b1.float()))
+        return F.linear(inner, self.w2.float(), self.b2.float())
 
 
 class ValueHead(MLPHead):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,15 +78,11 @@ def lognormal_log_q(z: Tensor, lenvm: LenvmConfig) -> tuple[Tensor, LengthBins]:
         log_q [..., B] float32 log-probabilities over `lognormal_bins(gamma)`, and those bins.
     """
     bins = lognormal_bins(lenvm.gamma)
-    spread = lenvm.spread or DEFAULT_SPREAD
+    tables = _tables(lenvm.gamma, lenvm.spread or DEFAULT_SPREAD, z.device)
     x = (length_from_logit(z.double(), lenvm.gamma) + 0.5).log()
-    knots = torch.tensor(spread.log_n_hat, dtype=torch.float64, device=z.device)
-    centre = x + _interpolate(x, knots, spread.shift)
-    sigma = _interpolate(x, knots, spread.sigma)
-    points = bins.centre_tensor.to(z.device)
-    # a bin reaches to half way to its neighbours; n + 1/2 is the coordinate
-    edges = torch.cat([torch.zeros_like(points[:1]), (points[1:] + points[:-1]) / 2, points[-1:] * 1e6]) + 0.5
-    standard = (edges.log() - centre[..., None]) / sigma[..., None]
+    centre = x + _interpolate(x, tables.knots, tables.shift)
+    sigma = _interpolate(x, tables.knots, tables.sigma)
+    standard = (tables.log_edges - centre[..., None]) / sigma[..., None]
     low, high = standard[..., :-1], standard[..., 1:]
     # log(Phi(high) - Phi(low)), in whichever tail keeps the digits
     flip = low > 0
@@ -96,11 +93,28 @@ def lognormal_log_q(z: Tensor, lenvm: LenvmConfig) -> tuple[Tensor, LengthBins]:
     return torch.log_softmax(log_q, -1).float(), bins
 
 
-def _interpolate(x: Tensor, knots: Tensor, values: tuple[float, ...]) -> Tensor:
+class _Tables(NamedTuple):
+    """Constants of one checkpoint on one device, float64."""
+
+    knots: Tensor
+    shift: Tensor
+    sigma: Tensor
+    log_edges: Tensor  # [B + 1]
+
+
+@lru_cache(maxsize=16)
+def _tables(gamma: float, spread: Spread, device: torch.device) -> _Tables:
+    points = lognormal_bins(gamma).centre_tensor
+    # a bin reaches to half way to its neighbours; n + 1/2 is the coordinate
+    edges = torch.cat([torch.zeros_like(points[:1]), (points[1:] + points[:-1]) / 2, points[-1:] * 1e6]) + 0.5
+    knots, shift, sigma = (torch.tensor(v, dtype=torch.float64) for v in (spread.log_n_hat, spread.shift, spread.sigma))
+    return _Tables(*(t.to(device) for t in (knots, shift, sigma, edges.log())))
+
+
+def _interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
     """Piecewise linear through (knots, values), constant outside; [...] float64."""
-    v = torch.tensor(values, dtype=torch.float64, device=x.device)
-    if len(values) == 1:
-        return v.expand(x.shape)
-    right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(values) - 1)
+    if values.numel() == 1:
+        return values.expand(x.shape)
+    right = torch.searchsorted(knots, x.contiguous()).clamp(1, values.numel() - 1)
     weight = ((x - knots[right - 1]) / (knots[right] - knots[right - 1])).clamp(0, 1)
-    return torch.lerp(v[right - 1], v[right], weight)
+    return torch.lerp(values[right - 1], values[right], weight)

@@ -10,16 +10,7 @@ from torch import Tensor
 from lenvm import candidates as core
 from lenvm.candidates import Candidates, SamplingRows
 from lenvm.format import LenvmConfig
-from lenvm.guidance import (
-    FLOOR,
-    Control,
-    GuidanceRows,
-    Scores,
-    guide,
-    posterior_weights,
-    predicted_lengths,
-    strict_bounds,
-)
+from lenvm.guidance import Control, GuidanceRows, Scores, guide_rows, predicted_lengths, strict_bounds
 from lenvm.lognormal import lognormal_log_q
 from lenvm.sampler import draw
 from lenvm_kernels.results import Status, TiltSample
@@ -49,14 +40,18 @@ def tilt_sample(
     statistics: bool,
 ) -> TiltSample:
     """`guide`, `draw` and `predicted_lengths`, and the statistics of the result."""
-    log_p = guide(candidates, scores, guidance, lenvm, present)
+    log_p, fell_back = guide_rows(candidates, scores, guidance, lenvm, present)
     slot = draw(log_p, candidates.token_ids, seed, guidance.emitted, greedy)
+    row = torch.arange(len(slot), device=slot.device)
 
     def chosen(values: Tensor) -> Tensor:
-        return values.gather(-1, slot[:, None])[:, 0]
+        return values[row, slot]
 
-    length = chosen(predicted_lengths(candidates, scores, lenvm))
-    out = TiltSample(log_p, slot, chosen(candidates.token_ids), length)
+    one = slot[:, None]
+    taken = Candidates(*(t.gather(-1, one) for t in (candidates.token_ids, candidates.log_p, candidates.is_stop)))
+    log_q = None if scores.length_log_q is None else scores.length_log_q[row, slot][:, None]
+    length = predicted_lengths(taken, Scores(scores.z.gather(-1, one), log_q), lenvm)[:, 0]
+    out = TiltSample(log_p, slot, taken.token_ids[:, 0], length)
     if not statistics:
         return out
     kept = candidates.kept
@@ -70,11 +65,13 @@ def tilt_sample(
         value=chosen(value).float(),
         expected_value=torch.where(alive, p * value, 0.0).sum(-1).float(),
         kl=kl.float(),
-        status=_status(candidates, scores, guidance, lenvm),
+        status=_status(candidates, scores, guidance, lenvm, fell_back),
     )
 
 
-def _status(candidates: Candidates, scores: Scores, guidance: GuidanceRows, lenvm: LenvmConfig) -> Tensor:
+def _status(
+    candidates: Candidates, scores: Scores, guidance: GuidanceRows, lenvm: LenvmConfig, fell_back: Tensor
+) -> Tensor:
     """[R] int32 `Status` bits."""
     read = candidates.kept & ~candidates.is_stop
     posterior = guidance.control == Control.POSTERIOR
@@ -82,8 +79,6 @@ def _status(candidates: Candidates, scores: Scores, guidance: GuidanceRows, lenv
     log_q = scores.length_log_q if scores.length_log_q is not None else lognormal_log_q(scores.z, lenvm)[0]
     bad_q = (log_q.isnan() | log_q.isposinf()).any(-1)
     bad = (by_value & (scores.z.isnan() & read).any(-1)) | (posterior & (bad_q & read).any(-1))
-    # NaN > FLOOR is false: bad scores would count as vanished
-    vanished = posterior & ~bad & ~(posterior_weights(candidates, scores, guidance, lenvm).amax(-1) > FLOOR)
     empty = ~candidates.kept.any(-1)
     bits = empty * int(Status.EMPTY) + (~empty & bad) * int(Status.BAD_SCORES)
-    return (bits + (~empty & vanished) * int(Status.VANISHED)).int()
+    return (bits + (~empty & ~bad & posterior & fell_back) * int(Status.VANISHED)).int()

@@ -7,6 +7,7 @@ backend is used as it is, because K rows with a common prefix are ordinary decod
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,32 +19,39 @@ class CandidateLayout(NamedTuple):
     """Where the R x K candidate rows of one forward stand.
 
     Attributes:
-        prefix_slots: [R, L] int64 KV slots of each row's prefix, padded.
-        mask: [R, 1, K, L + K] bool, what each candidate sees: its prefix, then itself.
+        slots: [R * (L + K)] int64 KV slots: of each row's prefix, padded, then of its candidates.
+        mask: [R, 1, K, L + K] float, what each candidate sees: its prefix, then itself (0), and nothing else (-inf).
     """
 
-    prefix_slots: Tensor
+    slots: Tensor
     mask: Tensor
 
     @classmethod
     def build(
-        cls, table: Tensor, pool_rows: Tensor, prefix_lengths: Tensor, longest: int, width: int
+        cls, table: Tensor, pool_rows: Tensor, prefix_lengths: Tensor, longest: int, own: Tensor, dtype: torch.dtype
     ) -> CandidateLayout:
-        """Args: table [*, context] slots of each request; pool_rows [R]; prefix_lengths [R] <= longest; width K."""
-        columns = torch.arange(longest, device=table.device)
-        inside = columns[None, :] < prefix_lengths[:, None]  # [R, L]
-        slots = table[pool_rows, :longest].long().masked_fill(~inside, 0)
-        itself = torch.eye(width, dtype=torch.bool, device=table.device).expand(len(pool_rows), width, width)
-        prefix = inside[:, None, :].expand(-1, width, -1)
-        return cls(slots, torch.cat([prefix, itself], dim=-1)[:, None])
+        """Args: table [*, context] slots of each request; pool_rows [R]; prefix_lengths [R] <= longest; own [R, K]
+        slots of the candidates, 0 (the host's dump) where there is none; dtype of the queries."""
+        rows, width = own.shape
+        outside = torch.arange(longest, device=table.device) >= prefix_lengths[:, None]  # [R, L]
+        prefix = table[pool_rows, :longest].long().masked_fill_(outside, 0)
+        mask = torch.zeros(rows, 1, width, longest + width, dtype=dtype, device=table.device)
+        mask[..., :longest].masked_fill_(outside[:, None, None], -torch.inf)
+        mask[..., longest:] = _only_itself(width, dtype, table.device)
+        return cls(torch.cat([prefix, own], dim=1).flatten(), mask)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, layout: CandidateLayout, k_cache: Tensor, v_cache: Tensor,
-           scaling: float) -> Tensor:  # fmt: skip
-    """Attention of R x K candidates.
+@lru_cache(maxsize=64)
+def _only_itself(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[K, K]: 0 on the diagonal, -inf beside it."""
+    return torch.full((width, width), -torch.inf, dtype=dtype, device=device).fill_diagonal_(0.0)
+
+
+def attend(query: Tensor, layout: CandidateLayout, k_cache: Tensor, v_cache: Tensor, scaling: float) -> Tensor:
+    """Attention of R x K candidates, whose own keys and values are in the cache already.
 
     Args:
-        query: [R * K, Hq, D]; key, value: [R * K, Hkv, D], the candidates' own.
+        query: [R * K, Hq, D].
         layout: where they stand.
         k_cache, v_cache: [slots, Hkv, D].
         scaling: of the logits.
@@ -51,20 +59,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: CandidateLayout, k
     Returns:
         [R * K, Hq, Dv].
     """
-    rows, width = layout.prefix_slots.shape[0], layout.mask.shape[2]
+    rows, _, width, length = layout.mask.shape
 
-    def split(x: Tensor) -> Tensor:  # [R * K, H, D] -> [R, K, H, D]
-        return x.view(rows, width, *x.shape[1:])
+    def gathered(cache: Tensor) -> Tensor:  # [R, Hkv, L + K, D]
+        found = cache.index_select(0, layout.slots).to(query.dtype)
+        return found.view(rows, length, *cache.shape[1:]).transpose(1, 2)
 
-    keys = torch.cat([k_cache[layout.prefix_slots].to(key.dtype), split(key)], dim=1)  # [R, L + K, Hkv, D]
-    values = torch.cat([v_cache[layout.prefix_slots].to(value.dtype), split(value)], dim=1)
     out = F.scaled_dot_product_attention(
-        split(query).transpose(1, 2),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
+        query.view(rows, width, *query.shape[1:]).transpose(1, 2),
+        gathered(k_cache),
+        gathered(v_cache),
         attn_mask=layout.mask,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=query.shape[1] != k_cache.shape[1],
     )
     return out.transpose(1, 2).reshape(rows * width, query.shape[1], -1)
 
@@ -76,47 +83,48 @@ class SharedPrefixBackend:
         token_to_kv_pool, req_to_token_pool: the value model's pools, where the host's layers look for them.
     """
 
-    def __init__(self, kv_pool: Any, request_pool: Any) -> None:
+    def __init__(self, kv_pool: Any, request_pool: Any, dtype: torch.dtype) -> None:
         self.token_to_kv_pool = kv_pool
         self.req_to_token_pool = request_pool
+        self.dtype = dtype
         self.layout: CandidateLayout | None = None
         self.fed: Tensor | None = None
 
     def prepare(
-        self, pool_rows: Tensor, prefix_lengths: Tensor, longest: int, width: int, fed: Tensor | None = None
+        self, pool_rows: Tensor, prefix_lengths: Tensor, longest: int, own: Tensor, fed: Tensor | None = None
     ) -> None:
-        """Set the rows of the next forward; `fed` [N] says which of the R x K candidates it is given (default all)."""
+        """Set the rows of the next forward.
+
+        Args:
+            pool_rows, prefix_lengths, longest, own: as in `CandidateLayout.build`.
+            fed: [N] which of the R x K candidates it is given (default all).
+        """
         table = self.req_to_token_pool.req_to_token
-        self.layout = CandidateLayout.build(table, pool_rows, prefix_lengths, longest, width)
+        self.layout = CandidateLayout.build(table, pool_rows, prefix_lengths, longest, own, self.dtype)
         self.fed = fed
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True,
                 **_: Any) -> Tensor:  # fmt: skip
         """Called by the host's attention layer; q, k, v are flat, [R * K, heads * D] or [N, heads * D]."""
         assert self.layout is not None, "prepare() comes first"
+        assert save_kv_cache, "candidates are read from the cache"
         from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-        query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        pool = self.token_to_kv_pool
         key = k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim)
         value = v.reshape(-1, layer.tp_v_head_num, layer.v_head_dim)
+        pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), key, value)
+        query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        if self.fed is not None:  # what stands in for the others sees its row's prefix and is thrown away
+            rows, _, width, _ = self.layout.mask.shape
+            query = query.new_zeros(rows * width, *query.shape[1:]).index_copy_(0, self.fed, query)
         out = attend(
-            self._all(query),
-            self._all(key),
-            self._all(value),
+            query,
             self.layout,
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+            pool.get_key_buffer(layer.layer_id),
+            pool.get_value_buffer(layer.layer_id),
             layer.scaling,
         )
-        if save_kv_cache:
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), key, value)
         if self.fed is not None:
-            out = out[self.fed]
-        return out.reshape(out.shape[0], -1)
-
-    def _all(self, x: Tensor) -> Tensor:
-        """[N, H, D] -> [R * K, H, D]; what stands in for the others is seen by nobody else."""
-        if self.fed is None or self.layout is None:
-            return x
-        rows, _, width, _ = self.layout.mask.shape
-        return x.new_zeros(rows * width, *x.shape[1:]).index_copy_(0, self.fed, x)
+            out = out.index_select(0, self.fed)
+        return out.view(out.shape[0], -1)

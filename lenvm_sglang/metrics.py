@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from lenvm.request import LengthRequest
+from lenvm_kernels.results import Status
 
 ERROR_BUCKETS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -93,20 +94,22 @@ class FallbackOutput:
 
     Attributes:
         metrics: where.
-        flags: [len(FALLBACKS), R] bool.
+        status: [R] int32 `lenvm_kernels.Status` bits.
     """
 
     metrics: StepMetrics
-    flags: Tensor
+    status: Tensor
 
     def copy_to_host(self, copy_tensor: Callable[[Tensor], Tensor]) -> FallbackOutput:
         """Called by the host when it copies the sampled tokens."""
-        return FallbackOutput(self.metrics, copy_tensor(self.flags))
+        return FallbackOutput(self.metrics, copy_tensor(self.status))
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
         """Called by the host after it committed the tokens."""
-        self.metrics.rows.inc(self.flags.shape[1])
-        for reason, count in zip(FALLBACKS, self.flags.sum(-1).tolist(), strict=True):
+        bits = self.status.tolist()
+        self.metrics.rows.inc(len(bits))
+        broken = sum(bool(b & Status.BAD_SCORES) for b in bits)
+        for reason, count in zip(FALLBACKS, (broken, sum(map(bool, bits)) - broken), strict=True):
             if count:
                 self.metrics.fallbacks.labels(reason).inc(count)
 

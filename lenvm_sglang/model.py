@@ -12,6 +12,7 @@ from torch import Tensor
 from lenvm.format import ARCHITECTURE_SUFFIX, LenvmConfig
 from lenvm.guidance import Scores
 from lenvm.heads import LengthHead, ValueHead
+from lenvm_kernels import value_head
 from lenvm_sglang.settings import StartError
 
 _HEADS = ("value_head", "length_head")
@@ -43,10 +44,12 @@ def length_value_class(causal: type) -> type:
             return self.model(input_ids, positions, forward_batch)
 
         @torch.no_grad()
-        def scores(self, hidden: Tensor) -> Scores:
-            """[..., H] -> z [...] and length log-probabilities [..., B], float32."""
+        def scores(self, hidden: Tensor, value: bool = True) -> Scores:
+            """[..., H] -> z [...] (zeros unless `value`) and length log-probabilities [..., B], float32."""
             log_q = None if self.length_head is None else torch.log_softmax(self.length_head(hidden), dim=-1)
-            return Scores(z=self.value_head(hidden), length_log_q=log_q)
+            wanted = value or log_q is None
+            z = value_head(hidden, self.value_head) if wanted else hidden.new_zeros(hidden.shape[:-1]).float()
+            return Scores(z=z, length_log_q=log_q)
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
             """Heads into our own parameters, everything else through the host's loader of this backbone.

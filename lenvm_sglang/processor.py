@@ -16,18 +16,19 @@ import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from torch import Tensor
 
-from lenvm.candidates import Candidates, build_candidates
+from lenvm.candidates import Candidates
 from lenvm.definitions import length_from_logit
 from lenvm.format import LenvmConfig
-from lenvm.guidance import Scores, guide_rows, predicted_lengths, strict_bounds
+from lenvm.guidance import Control, Scores, predicted_lengths
 from lenvm.lognormal import lognormal_log_q
-from lenvm.sampler import draw
+from lenvm_kernels import build_candidates, tilt_sample
 from lenvm_sglang.metrics import FallbackOutput, StepMetrics
 from lenvm_sglang.outputs import QUANTILES, LengthOutput, SequenceOutput
-from lenvm_sglang.state import to_device
-from lenvm_sglang.worker import LengthRows, Read, ValueWorker
+from lenvm_sglang.worker import LengthRows, Place, Read, ValueWorker
 
 _STATES_AT_ONCE = 256
+BY_VALUE = frozenset({Control.HARD, Control.SOFT, Control.BIAS})
+"""Controls that read z; the posterior reads the length distribution."""
 
 
 @dataclass
@@ -143,45 +144,48 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
 
     def _steer(self, step: SamplingStep, rows: LengthRows) -> None:
         worker, batch = self.worker, step.batch
-        device = step.logits.device
-        index = to_device(rows.index, torch.int64, device)
-        slots = batch.req_pool_indices[index].long()
-        lengths = batch.seq_lens[index]
-        parameters = worker.table.read(slots, lengths)
-        logits = step.logits[index]
-        step.index = index
+        place = worker.place(batch, rows)
+        parameters = place.parameters
+        lengths = place.take(batch.seq_lens)
+        guidance = parameters.at(lengths)
+        logits = place.take(step.logits)
+        step.index = place.index
         if step.wants_logprobs:
             temperature = parameters.sampling.temperature[:, None] if step.scale_logprobs else 1.0
             step.base_logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
-        ban_stop, force_stop = strict_bounds(parameters.guidance)
-        vocabulary = logits.shape[-1]
         candidates = build_candidates(
             logits,
             parameters.sampling,
             parameters.stop_token_ids,
             worker.width,
-            ban_stop,
-            force_stop,
-            # the states are on the host: with no top-k on, ordering K tokens is enough
-            reach=max([worker.width, *(s.top_k for s in rows.states if s.top_k < vocabulary)]),
+            guidance if place.strict else None,
+            place.reach,
         )
-        if device.type == "cpu":
+        if worker.waits_for_nobody:
             # Kept slots are a prefix of the sorted set; with no device to wait for, narrow the forward to them.
             candidates = narrow(candidates, int(candidates.kept.sum(-1).max()))
-        scores = worker.score(slots, lengths, longest_sequence(batch, rows), candidates)
-        present = {state.request.control_code for state in rows.states}
-        guided = guide_rows(candidates, scores, parameters.guidance, worker.lenvm, present)
-        if self.metrics is not None:
-            broken = guided.fell_back & ~finite_rows(candidates, scores)
-            step.outputs.append(FallbackOutput(self.metrics, torch.stack([broken, guided.fell_back & ~broken])))
-        choice = draw(
-            guided.log_p, candidates.token_ids, parameters.seed, parameters.guidance.emitted, parameters.greedy
+        by_value = not place.present.isdisjoint(BY_VALUE)
+        scores = worker.score(place, lengths, host_lengths(batch, rows, worker), candidates, by_value)
+        sample = tilt_sample(
+            candidates,
+            scores,
+            guidance,
+            worker.lenvm,
+            parameters.seed,
+            parameters.greedy,
+            place.present,
+            statistics=self.metrics is not None,
         )
-        token = candidates.token_ids.gather(-1, choice[:, None])
-        step.logits[index] = torch.full_like(logits, -torch.inf).scatter_(-1, token, 0.0)
-        worker.remember(slots, choice)
-        lengths_after = predicted_lengths(candidates, scores, worker.lenvm).gather(-1, choice[:, None])[:, 0]
-        self._report(step, rows, lengths_after)
+        if self.metrics is not None:
+            assert sample.status is not None
+            step.outputs.append(FallbackOutput(self.metrics, sample.status))
+        if place.whole:
+            step.logits.fill_(-torch.inf).scatter_(1, sample.token_id[:, None], 0.0)
+        else:
+            step.logits.index_fill_(0, place.index, -torch.inf)
+            step.logits[place.index, sample.token_id] = 0.0
+        worker.remember(place, sample.slot)
+        self._report(step, place, sample.length)
 
     def watch(self, step: SamplingStep, token_ids: Tensor) -> None:
         """Score the tokens that the host drew in rows which only ask for values; nothing is changed.
@@ -193,28 +197,24 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         if step.watched is None:
             return
         worker, batch, rows = self.worker, step.batch, step.watched
-        index = to_device(rows.index, torch.int64, token_ids.device)
-        slots = batch.req_pool_indices[index].long()
-        lengths = batch.seq_lens[index]
-        token = token_ids[index].long()[:, None]
+        place = worker.place(batch, rows)
+        token = place.take(token_ids).long()[:, None]
         candidates = Candidates(
             token_ids=token,
             log_p=torch.zeros(token.shape, device=token.device),
-            is_stop=(worker.table.stops[slots] == token).any(-1, keepdim=True),
+            is_stop=(place.parameters.stop_token_ids == token).any(-1, keepdim=True),
         )
-        scores = worker.score(slots, lengths, longest_sequence(batch, rows), candidates)
-        worker.remember(slots, torch.zeros_like(slots))
-        self._report(step, rows, predicted_lengths(candidates, scores, worker.lenvm)[:, 0])
+        mirror = host_lengths(batch, rows, worker)
+        scores = worker.score(place, place.take(batch.seq_lens), mirror, candidates, value=False)
+        worker.remember(place, None)
+        self._report(step, place, predicted_lengths(candidates, scores, worker.lenvm)[:, 0])
 
     @staticmethod
-    def _report(step: SamplingStep, rows: LengthRows, lengths: Tensor) -> None:
-        wanted = [i for i, state in enumerate(rows.states) if state.request.return_values]
-        if not wanted:
-            return
-        if len(wanted) < len(rows.states):
-            lengths = lengths[to_device(wanted, torch.int64, lengths.device)]
-        index, states = [rows.index[i] for i in wanted], [rows.states[i] for i in wanted]
-        step.outputs.append(LengthOutput(index, states, lengths, at_prompt=False))
+    def _report(step: SamplingStep, place: Place, lengths: Tensor) -> None:
+        reported = place.reported
+        if reported is not None:
+            part = lengths if reported.part is None else lengths[reported.part]
+            step.outputs.append(LengthOutput(reported.index, reported.states, part, at_prompt=False))
 
 
 def prompt_lengths(scores: Scores, lenvm: LenvmConfig) -> Tensor:
@@ -232,21 +232,16 @@ def prompt_lengths(scores: Scores, lenvm: LenvmConfig) -> Tensor:
     return torch.stack([expected, *(bins.quantile(log_q, p).float() for p in QUANTILES)], dim=-1)
 
 
-def finite_rows(candidates: Candidates, scores: Scores) -> Tensor:
-    """[R] bool: the value model gave finite numbers for every candidate that is read."""
-    read = candidates.kept & ~candidates.is_stop
-    finite = scores.z.isfinite()
-    if scores.length_log_q is not None:
-        finite = finite & ~scores.length_log_q.isnan().any(-1)
-    return (finite | ~read).all(-1)
-
-
 def narrow(candidates: Candidates, width: int) -> Candidates:
     """The first `width` slots of every row."""
     return Candidates(candidates.token_ids[:, :width], candidates.log_p[:, :width], candidates.is_stop[:, :width])
 
 
-def longest_sequence(batch: Any, rows: LengthRows) -> int:
-    """The most tokens that a row of `rows` has read, from the host's mirror of the sequence lengths if there is one."""
-    mirror = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
-    return int(mirror[rows.index].max())
+def host_lengths(batch: Any, rows: LengthRows, worker: ValueWorker) -> Tensor:
+    """[R] at least as many tokens as each of `rows` has read: the host's mirror of the sequence lengths, or, where it
+    keeps none, all that a sequence may have."""
+    if batch.seq_lens_cpu is not None:
+        return batch.seq_lens_cpu[rows.index]
+    if worker.waits_for_nobody:
+        return batch.seq_lens[rows.index]
+    return torch.full((len(rows.index),), worker.base.model_config.context_len - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -91,13 +91,18 @@ class RowParameters(NamedTuple):
     stop_token_ids: Tensor  # [R, S] int64, padded with -1
     seed: Tensor  # [R] int64
     greedy: Tensor  # [R] bool
+    prompt: Tensor  # [R] int64 tokens
+
+    def at(self, sequence_lengths: Tensor) -> GuidanceRows:
+        """What the rows ask for when their sequences are `sequence_lengths` [R] tokens long."""
+        return replace(self.guidance, emitted=sequence_lengths - self.prompt)
 
 
 class RowTable:
     """Parameters of running requests on the device, one row for each slot of the host's request pool.
 
-    A row is written when its request is prefilled and read at every step by index: no per-step host work. Rows of
-    finished requests are simply overwritten by the slot's next owner.
+    A row is written when its request is prefilled, and read by index when the batch changes: no host work at each step.
+    Rows of finished requests are simply overwritten by the slot's next owner.
     """
 
     def __init__(self, rows: int, device: torch.device | str) -> None:
@@ -122,22 +127,22 @@ class RowTable:
         self.floats[slots] = to_device(floats, torch.float32, self.device)
         self.stops[slots] = to_device(stops, torch.int64, self.device)
 
-    def read(self, slots: Tensor, sequence_lengths: Tensor) -> RowParameters:
-        """Parameters of the rows `slots` [R], whose sequences are `sequence_lengths` [R] tokens long by now."""
-        i = dict(zip(_INT_COLUMNS, self.ints[slots].unbind(-1), strict=True))
-        f = dict(zip(_FLOAT_COLUMNS, self.floats[slots].unbind(-1), strict=True))
+    def parameters(self, slots: Tensor) -> RowParameters:
+        """Parameters of the rows `slots` [R]; they do not change while the requests run, except `emitted` (0 here)."""
+        i = dict(zip(_INT_COLUMNS, self.ints[slots].T.contiguous().unbind(0), strict=True))
+        f = dict(zip(_FLOAT_COLUMNS, self.floats[slots].T.contiguous().unbind(0), strict=True))
         guidance = GuidanceRows(
             mode=i["mode"],
             control=i["control"],
             target=i["target"],
-            emitted=sequence_lengths.long() - i["prompt"],
+            emitted=torch.zeros_like(i["target"]),
             sharpness=f["sharpness"],
             tolerance=f["tolerance"],
             strict=i["strict"] > 0,
             bias=f["bias"],
         )
         sampling = SamplingRows(temperature=f["temperature"], top_k=i["top_k"], top_p=f["top_p"], min_p=f["min_p"])
-        return RowParameters(guidance, sampling, self.stops[slots], i["seed"], i["greedy"] > 0)
+        return RowParameters(guidance, sampling, self.stops[slots], i["seed"], i["greedy"] > 0, i["prompt"])
 
 
 def to_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:

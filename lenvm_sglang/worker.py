@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 VIRTUAL_ROWS = 1024
 """Most candidate rows of one forward where the host's attention needs a request table for them (its size is this many
 times the context length)."""
+_PLACES = 4
+"""Sets of rows kept: the length fields' rows, the steered and the watched among them, of a decode and a prefill."""
 MOST_REQUESTS = 4096
 """The host's own upper bound of running requests where none is set: what scratch is budgeted for before it is known."""
 
@@ -62,6 +64,58 @@ class LengthRows:
         if not keep:
             return None
         return LengthRows([self.index[i] for i in keep], [self.states[i] for i in keep], [True] * len(keep))
+
+
+class Place:
+    """Where rows of a batch stand, on the device. Made when a batch changes, not at each step.
+
+    Attributes:
+        states: their request objects.
+        whole: they are the whole batch, in its order.
+        index: [R] int64 positions in the batch.
+        slots: [R] int64 rows of the host's request pool.
+        scratch: [R, K] int64 KV slots of their candidates.
+        present: the controls among them.
+        strict: one of them has `length_strict`.
+        reach: how many of the most probable tokens have to be ordered for them.
+        reported: those that report the length after each token; None for none of them.
+    """
+
+    def __init__(self, batch: Any, rows: LengthRows, table: RowTable, scratch: Tensor, vocabulary: int) -> None:
+        device = batch.seq_lens.device
+        self.states = rows.states
+        self.whole = len(rows.index) == batch.batch_size
+        self.index = to_device(rows.index, torch.int64, device)
+        self.slots = batch.req_pool_indices[self.index].long()
+        self.scratch = scratch[self.slots]
+        self.parameters = table.parameters(self.slots)
+        self.present = frozenset(s.request.control_code for s in rows.states)
+        self.strict = any(s.request.strict for s in rows.states)
+        # the states are on the host: with no top-k on, ordering K tokens is enough
+        self.reach = max([scratch.shape[1], *(s.top_k for s in rows.states if s.top_k < vocabulary)])
+        wanted = [i for i, s in enumerate(rows.states) if s.request.return_values]
+        self.reported: Reported | None = None
+        if wanted:
+            part = None if len(wanted) == len(rows.states) else to_device(wanted, torch.int64, device)
+            self.reported = Reported([rows.index[i] for i in wanted], [rows.states[i] for i in wanted], part)
+
+    def take(self, batch_rows: Tensor) -> Tensor:
+        """These rows of a tensor whose first dimension is the batch."""
+        return batch_rows if self.whole else batch_rows[self.index]
+
+
+class Reported(NamedTuple):
+    """Rows whose predicted lengths are reported.
+
+    Attributes:
+        index: positions in the batch.
+        states: their request objects.
+        part: [len(index)] which of the place's rows they are; None: all.
+    """
+
+    index: list[int]
+    states: list[RequestState]
+    part: Tensor | None
 
 
 class Read(NamedTuple):
@@ -105,7 +159,9 @@ class ValueWorker:
             server_args=scheduler.server_args,
             is_draft_worker=True,
         )
-        self.width = min(settings.max_candidates, self.base.model_config.vocab_size)
+        self.vocabulary = self.base.model_config.vocab_size
+        self.width = min(settings.max_candidates, self.vocabulary)
+        self._places: dict[tuple[object, ...], Place] = {}
         self.prefill_tokens = 0
         self.scored_rows = 0
         logger.info("lenvm: %s loaded from %s", type(self.runner.model).__name__, settings.model)
@@ -156,7 +212,6 @@ class ValueWorker:
             )
         slots = base.token_to_kv_pool.size + 1  # slot 0 is the host's dump for padded rows
         self.request_rows = base.req_to_token_pool.req_to_token.shape[0]
-        self.scratch = slots
         config = runner.model_config
         self.pool = MHATokenToKVPool(
             slots + self.request_rows * self.width,
@@ -167,11 +222,14 @@ class ValueWorker:
             layer_num=config.num_hidden_layers,
             device=base.device,
             enable_memory_saver=False,
+            enable_kv_cache_copy=base.device != "cpu",  # one launch for all layers
         )
         device = base.req_to_token_pool.req_to_token.device
         self.table = RowTable(self.request_rows, device)
+        scratch = torch.arange(slots, slots + self.request_rows * self.width, device=device)
+        self.scratch = scratch.view(self.request_rows, self.width)
         self.chosen = torch.zeros(self.request_rows, dtype=torch.int64, device=device)
-        self.slot_of_candidate = torch.arange(self.width, device=device)
+        self.waits_for_nobody = device.type == "cpu"
         logger.info(
             "lenvm: value KV pool of %d slots (%d of them scratch), %.1f MB",
             self.pool.size,
@@ -189,20 +247,25 @@ class ValueWorker:
         runner.max_total_num_tokens = base.max_total_num_tokens
         runner.init_kv_index_translator()
         runner.init_attention_backends()
-        self.sequences = runner.attn_backend
+        self.sequences, self.sequence_slots = runner.attn_backend, runner.kv_index_translator
         self.virtual: Tensor | None = None
         if runner.decode_attention_backend_str == "torch_native" and plain_attention(runner.model):
-            self.candidates: Any = SharedPrefixBackend(self.pool, base.req_to_token_pool)
-            return
-        # The host's backend reads a row's slots from a request table, so candidate rows get one of their own.
+            self.candidates: Any = SharedPrefixBackend(self.pool, base.req_to_token_pool, runner.model_config.dtype)
+        else:
+            self.use_host_attention()
+
+    def use_host_attention(self) -> None:
+        """Score candidates through the host's own backend, as decode rows of a request table of their own."""
+        base, runner = self.base, self.runner
         real = base.req_to_token_pool.req_to_token
         self.virtual = torch.zeros(VIRTUAL_ROWS, real.shape[1], dtype=real.dtype, device=real.device)
+        self.virtual_rows = torch.arange(VIRTUAL_ROWS, device=real.device)
         pool = copy.copy(base.req_to_token_pool)
         pool.req_to_token, pool.size = self.virtual, VIRTUAL_ROWS
         runner.req_to_token_pool = pool
         runner.init_kv_index_translator()
         runner.init_attention_backends()
-        self.candidates = runner.attn_backend
+        self.candidates, self.candidate_slots = runner.attn_backend, runner.kv_index_translator
 
     # ----- forwards -------------------------------------------------------------------------------------------------
 
@@ -216,97 +279,141 @@ class ValueWorker:
         Returns:
             What a prefill read; None for a decode step.
         """
-        index = to_device(rows.index, torch.int64, batch.seq_lens.device)
-        slots = batch.req_pool_indices[index].long()
         if batch.forward_mode.is_decode():
-            source = self.scratch + slots * self.width + self.chosen[slots]
-            target = batch.out_cache_loc[index].long()
-            for key, value in zip(self.pool.k_buffer, self.pool.v_buffer, strict=True):
-                key[target] = key[source]
-                value[target] = value[source]
+            place = self.place(batch, rows)
+            self._keep(self.chosen[place.slots], place.take(batch.out_cache_loc).long())
             return None
-        self.table.write(slots, rows.states)
+        index = to_device(rows.index, torch.int64, batch.seq_lens.device)
+        self.table.write(batch.req_pool_indices[index].long(), rows.states)
+        self._places.clear()
         part = select_rows(batch, rows.index, index)
+        self.sequence_slots.bind_runner_slots(part)
         self.prefill_tokens += part.extend_num_tokens
         self.sequences.init_forward_metadata(part)
         hidden = self._forward(part, self.sequences)
         return Read(hidden, list(part.extend_prefix_lens_cpu), list(part.extend_seq_lens_cpu))
 
+    def place(self, batch: Any, rows: LengthRows) -> Place:
+        """Where `rows` stand; from the last step, if nothing has changed since."""
+        key = (batch.batch_size, *rows.index, *map(id, rows.states))
+        place = self._places.get(key)
+        # a place keeps its states alive, so an id is not given to another object meanwhile
+        if place is None:
+            place = Place(batch, rows, self.table, self.scratch, self.vocabulary)
+            while len(self._places) >= _PLACES:
+                self._places.pop(next(iter(self._places)))
+            self._places[key] = place
+        return place
+
+    def _keep(self, source: Tensor, target: Tensor) -> None:
+        """Copy the value KV of slots `source` [R] to slots `target` [R], in every layer."""
+        if not self.waits_for_nobody:
+            self.pool.move_kv_cache(target, source)
+            return
+        for cache in (*self.pool.k_buffer, *self.pool.v_buffer):
+            cache.index_copy_(0, target, cache.index_select(0, source))
+
     def scores(self, read: Read, index: Sequence[int]) -> Scores:
         """Scores of the states after the tokens `index` of a prefill, [len(index)]."""
         return self.runner.model.scores(read.hidden[to_device(list(index), torch.int64, read.hidden.device)])
 
-    def score(self, slots: Tensor, sequence_lengths: Tensor, longest: int, candidates: Candidates) -> Scores:
+    def score(
+        self, place: Place, sequence_lengths: Tensor, mirror: Tensor, candidates: Candidates, value: bool = True
+    ) -> Scores:
         """Scores of the states after each candidate, from one forward; their KV stays in scratch.
 
         On the CPU, where asking which slots hold a candidate waits for nobody, only those are fed; elsewhere all.
 
         Args:
-            slots: [R] int64 rows of the host's request pool.
+            place: R rows.
             sequence_lengths: [R] tokens read so far.
-            longest: the largest of them, on the host.
+            mirror: [R] at least as many, on the host.
             candidates: [R, K'] with K' <= K.
+            value: whether z is wanted.
 
         Returns:
-            Scores [R, K']; zeros in slots that were not fed.
+            Scores [R, K']; zeros in slots that were not fed, and z = 0 where it was not wanted.
         """
         rows, width = candidates.token_ids.shape
         self.scored_rows += rows
-        if self.virtual is None and slots.device.type == "cpu":
-            return self._score_kept(slots, sequence_lengths, longest, candidates)
-        step = rows if self.virtual is None else VIRTUAL_ROWS // width
+        if self.virtual is not None:
+            return self._score_in_parts(place, sequence_lengths, mirror, candidates.token_ids, value)
+        own = place.scratch[:, :width]
+        tokens, slots = candidates.token_ids.flatten(), own.flatten()
+        positions = sequence_lengths.long()[:, None].expand(rows, width).reshape(-1)
+        fed = None
+        if self.waits_for_nobody and width > 1:
+            kept = candidates.kept
+            kept[:, 0] = True  # a row whose logits hold NaN has no candidate, and is fed one all the same
+            fed = kept.flatten().nonzero()[:, 0]
+            if len(fed) == rows * width:
+                fed = None
+            else:
+                tokens, positions, slots = tokens[fed], positions[fed], slots[fed]
+                own = own.masked_fill(~kept, 0)
+        self.candidates.prepare(place.slots, sequence_lengths, int(mirror.max()), own, fed)
+        scores = self.runner.model.scores(self._forward(decode_batch(tokens, positions, slots), self.candidates), value)
+
+        def spread(x: Tensor) -> Tensor:
+            if fed is not None:
+                x = x.new_zeros(rows * width, *x.shape[1:]).index_copy_(0, fed, x)
+            return x.view(rows, width, *x.shape[1:])
+
+        return Scores(spread(scores.z), None if scores.length_log_q is None else spread(scores.length_log_q))
+
+    def _score_in_parts(
+        self, place: Place, sequence_lengths: Tensor, mirror: Tensor, token_ids: Tensor, value: bool
+    ) -> Scores:
+        """Through the host's backend, `VIRTUAL_ROWS` candidates at a time."""
+        width = token_ids.shape[1]
+        step = VIRTUAL_ROWS // width
         parts = [
             self._score_part(
-                slots[i : i + step], sequence_lengths[i : i + step], longest, candidates.token_ids[i : i + step]
+                place.slots[part],
+                place.scratch[part, :width],
+                sequence_lengths[part],
+                mirror[part],
+                token_ids[part],
+                value,
             )
-            for i in range(0, rows, step)
+            for part in (slice(i, i + step) for i in range(0, len(token_ids), step))
         ]
         if len(parts) == 1:
             return parts[0]
         log_q = [p.length_log_q for p in parts if p.length_log_q is not None]
         return Scores(torch.cat([p.z for p in parts]), torch.cat(log_q) if log_q else None)
 
-    def _score_kept(self, slots: Tensor, sequence_lengths: Tensor, longest: int, candidates: Candidates) -> Scores:
-        rows, width = candidates.token_ids.shape
-        kept = candidates.kept
-        kept[:, 0] = True  # a row whose logits hold NaN has no candidate, and is fed one all the same
-        fed = kept.flatten().nonzero()[:, 0]
-        scratch = self.scratch + slots[:, None] * self.width + self.slot_of_candidate[:width]
-        positions = sequence_lengths.long()[:, None].expand(rows, width)
-        batch = decode_batch(*(x.reshape(-1)[fed] for x in (candidates.token_ids, positions, scratch)))
-        self.candidates.prepare(slots, sequence_lengths, longest, width, fed)
-        scores = self.runner.model.scores(self._forward(batch, self.candidates))
-
-        def spread(x: Tensor) -> Tensor:
-            return x.new_zeros(rows * width, *x.shape[1:]).index_copy_(0, fed, x).view(rows, width, *x.shape[1:])
-
-        return Scores(spread(scores.z), None if scores.length_log_q is None else spread(scores.length_log_q))
-
-    def _score_part(self, slots: Tensor, sequence_lengths: Tensor, longest: int, token_ids: Tensor) -> Scores:
+    def _score_part(
+        self, slots: Tensor, own: Tensor, sequence_lengths: Tensor, mirror: Tensor, token_ids: Tensor, value: bool
+    ) -> Scores:
+        assert self.virtual is not None
         rows, width = token_ids.shape
-        scratch = self.scratch + slots[:, None] * self.width + self.slot_of_candidate[:width]  # [R, K']
-        positions = sequence_lengths.long()[:, None].expand(rows, width)
-        batch = decode_batch(token_ids.reshape(-1), positions.reshape(-1), scratch.reshape(-1))
-        if self.virtual is None:
-            self.candidates.prepare(slots, sequence_lengths, longest, width)
-        else:
-            real = self.base.req_to_token_pool.req_to_token
-            table = self.virtual[: rows * width]
-            table[:, :longest] = real[slots, :longest].repeat_interleave(width, dim=0)
-            table.scatter_(1, positions.reshape(-1, 1), scratch.reshape(-1, 1).to(table.dtype))
-            batch.req_pool_indices = torch.arange(rows * width, device=slots.device)
-            self.candidates.init_forward_metadata(batch)
+        count = rows * width
+        positions = sequence_lengths.long()[:, None].expand(rows, width).reshape(-1)
+        batch = decode_batch(token_ids.reshape(-1), positions, own.reshape(-1))
+        table, longest = self.virtual[:count], int(mirror.max())
+        prefix = self.base.req_to_token_pool.req_to_token[slots, :longest]
+        table.view(rows, width, -1)[..., :longest] = prefix[:, None]
+        table.scatter_(1, positions[:, None], own.reshape(-1, 1).to(table.dtype))
+        batch.req_pool_indices = self.virtual_rows[:count]
+        # what the host's backends size their buffers by
+        batch.seq_lens_cpu = (mirror + 1).repeat_interleave(width)
+        batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
+        self.candidate_slots.bind_runner_slots(batch)
+        self.candidates.init_forward_metadata(batch)
         hidden = self._forward(batch, self.candidates)
-        return self.runner.model.scores(hidden.view(rows, width, -1))
+        return self.runner.model.scores(hidden.view(rows, width, -1), value)
 
-    def remember(self, slots: Tensor, choice: Tensor) -> None:
-        """Note the chosen candidate [R] of each row; its KV is kept by the next `follow`."""
-        self.chosen[slots] = choice
+    def remember(self, place: Place, choice: Tensor | None) -> None:
+        """Note where the KV of each row's chosen candidate [R] is (None: the first); the next `follow` keeps it."""
+        scratch = place.scratch
+        chosen = scratch[:, 0] if choice is None else scratch.gather(1, choice[:, None])[:, 0]
+        self.chosen.index_copy_(0, place.slots, chosen)
 
     def _forward(self, batch: Any, backend: Any) -> Tensor:
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-        with forward_context(ForwardContext(attn_backend=backend)), torch.no_grad():
+        with forward_context(ForwardContext(attn_backend=backend)):
             return self.runner.model.forward(batch.input_ids, batch.positions, batch)
 
 

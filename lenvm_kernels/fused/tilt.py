@@ -281,7 +281,7 @@ def _tables(centres: tuple[int, ...], gamma: float, device: torch.device) -> tup
     if not centres:
         return decay, decay.float(), decay
     bins = LengthBins.cached(centres)
-    return bins.centre_tensor.to(device), bins._bin_means.to(device), decay
+    return bins.table("centre_tensor", device), bins.table("means", device), decay
 
 
 def tilt_sample(

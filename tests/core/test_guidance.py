@@ -21,6 +21,7 @@ from lenvm.guidance import (
     Mode,
     Scores,
     guide,
+    kernel_per_bin,
     length_kernel,
     predicted_lengths,
     strict_bounds,
@@ -253,3 +254,18 @@ def test_strict_bounds() -> None:
 def test_select_rows() -> None:
     rows = uniform_rows(Control.SOFT, Mode.AT_MOST, count=3)
     assert rows.select(torch.tensor([True, False, True])).target.shape == (2,)
+
+
+def test_the_table_of_kernels_per_bin_is_the_kernel_summed_over_the_bins() -> None:
+    left = torch.tensor([-30, -1, 0, 1, 2, 11, 12, 13, 20, 79, 80, 81, 5000]).repeat(3)
+    mode = torch.arange(3).repeat_interleave(13)
+    zero = torch.zeros(39)
+    rows = GuidanceRows(
+        mode=mode, control=mode * 0 + int(Control.POSTERIOR), target=left + 1, emitted=left * 0, sharpness=zero + 1,
+        tolerance=zero, strict=zero > 0, bias=zero,
+    )  # fmt: skip
+    kernel = length_kernel(rows, BINS)
+    at_zero, per_bin = kernel_per_bin(rows, BINS)
+    assert torch.equal(at_zero, kernel[:, 0])
+    want = kernel.double() @ BINS.decode_matrix().double().T
+    torch.testing.assert_close(per_bin.double(), want, rtol=1e-5, atol=1e-7)

@@ -49,8 +49,10 @@ def test_candidate_attention_is_that_of_separate_sequences() -> None:
         table[row, :n] = torch.tensor([next(slots) for _ in range(n)])
     q = torch.randn(3 * width, q_heads, dim)
     k, v = torch.randn(2, 3 * width, kv_heads, dim)
-    layout = CandidateLayout.build(table, pool_rows, torch.tensor(lengths), max(lengths), width)
-    out = attend(q, k, v, layout, k_cache, v_cache, 0.3)
+    own = torch.arange(40, 40 + 3 * width).view(3, width)
+    k_cache, v_cache = torch.cat([k_cache, k]), torch.cat([v_cache, v])
+    layout = CandidateLayout.build(table, pool_rows, torch.tensor(lengths), max(lengths), own, q.dtype)
+    out = attend(q, layout, k_cache, v_cache, 0.3)
     for i in range(3 * width):
         row = i // width
         prefix = table[pool_rows[row], : lengths[row]].long()
@@ -67,24 +69,27 @@ def test_feeding_some_candidates_gives_them_what_feeding_all_does() -> None:
     rows, width, heads, dim = 3, 4, 2, 8
     cache = torch.randn(2, 60, heads, dim)
     written: list[Any] = []
-    pool = SimpleNamespace(
-        get_key_buffer=lambda _: cache[0],
-        get_value_buffer=lambda _: cache[1],
-        set_kv_buffer=lambda layer, where, key, value: written.append((where.loc, key, value)),
-    )
+
+    def write(layer: Any, where: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        written.append((where.loc, key, value))
+        cache[0, where.loc], cache[1, where.loc] = key, value
+
+    pool = SimpleNamespace(get_key_buffer=lambda _: cache[0], get_value_buffer=lambda _: cache[1], set_kv_buffer=write)
     table = torch.randperm(40).view(4, 10)
-    backend = SharedPrefixBackend(pool, SimpleNamespace(req_to_token=table))
+    backend = SharedPrefixBackend(pool, SimpleNamespace(req_to_token=table), torch.float32)
     layer = SimpleNamespace(
         tp_q_head_num=heads, tp_k_head_num=heads, tp_v_head_num=heads, qk_head_dim=dim, v_head_dim=dim, layer_id=0,
         scaling=0.5,
     )  # fmt: skip
     q, k, v = torch.randn(3, rows * width, heads * dim)
     slots = torch.arange(rows * width) + 45
-    where = torch.tensor([3, 0, 2]), torch.tensor([6, 10, 1]), 10, width
-    backend.prepare(*where)
+    where, own = (torch.tensor([3, 0, 2]), torch.tensor([6, 10, 1]), 10), slots.view(rows, width)
+    backend.prepare(*where, own)
     everything = backend.forward(q, k, v, layer, SimpleNamespace(out_cache_loc=slots))
     fed = torch.tensor([0, 2, 3, 4, 8, 11])
-    backend.prepare(*where, fed)
+    absent = torch.ones(rows * width, dtype=torch.bool)
+    absent[fed] = False
+    backend.prepare(*where, own.masked_fill(absent.view(rows, width), 0), fed)
     some = backend.forward(q[fed], k[fed], v[fed], layer, SimpleNamespace(out_cache_loc=slots[fed]))
     torch.testing.assert_close(some, everything[fed], rtol=1e-5, atol=1e-6)
     assert written[1][0].tolist() == slots[fed].tolist()
@@ -98,7 +103,8 @@ def test_row_table_gives_back_what_was_written_and_counts_from_the_sequence() ->
     many = tuple(range(10, 17))
     states = [state(), state(request=strict, prompt_tokens=7, stop_token_ids=many), state(request=biased, greedy=True)]
     table.write(torch.tensor([5, 1, 3]), states)
-    rows = table.read(torch.tensor([3, 5, 1]), torch.tensor([10, 4, 9]))
+    found = table.parameters(torch.tensor([3, 5, 1]))
+    rows = found._replace(guidance=found.at(torch.tensor([10, 4, 9])))
     assert rows.guidance.control.tolist() == [Control.BIAS, Control.POSTERIOR, Control.HARD]
     assert rows.guidance.mode.tolist() == [Mode.EQUAL_TO, Mode.AT_MOST, Mode.EQUAL_TO]
     assert rows.guidance.emitted.tolist() == [6, 0, 2]
@@ -109,7 +115,7 @@ def test_row_table_gives_back_what_was_written_and_counts_from_the_sequence() ->
     assert rows.stop_token_ids[0].tolist() == [2] + [-1] * 6
     assert rows.sampling.top_p.tolist() == pytest.approx([0.9] * 3)
     table.write(torch.tensor([5]), [state(prompt_tokens=2)])
-    assert table.read(torch.tensor([5]), torch.tensor([4])).guidance.emitted.tolist() == [2]
+    assert table.parameters(torch.tensor([5])).at(torch.tensor([4])).emitted.tolist() == [2]
 
 
 @pytest.mark.parametrize("changes", [{"prompt_tokens": 0}, {"temperature": 0.0}, {"seed": 2**63}])
