@@ -154,7 +154,8 @@ class AttachedHead(nn.Module):
 def _read_head(directory: str | Path, lenvm: LenvmConfig) -> LookaheadHead:
     from safetensors.torch import load_file
 
-    assert lenvm.lookahead is not None and lenvm.hidden_size is not None
+    assert lenvm.lookahead is not None
+    assert lenvm.hidden_size is not None
     path = Path(directory) / WEIGHTS
     if not path.is_file():
         raise LenvmFormatError(f"{directory} has no {WEIGHTS}; distil the head again.")
@@ -162,7 +163,9 @@ def _read_head(directory: str | Path, lenvm: LenvmConfig) -> LookaheadHead:
     vectors = "embedding" if lenvm.lookahead.embedding == "table" else "projection"
     wanted = {"w1", "b1", "w2", "b2", vectors}
     if set(state) != wanted:
-        raise LenvmFormatError(f"{path} must hold {', '.join(PREFIX + k for k in sorted(wanted))}, got {sorted(state)}.")
+        raise LenvmFormatError(
+            f"{path} must hold {', '.join(PREFIX + k for k in sorted(wanted))}, got {sorted(state)}."
+        )
     tokens = state["embedding"].shape[0] if vectors == "embedding" else None
     source_size = None if tokens is not None else state["projection"].shape[0]
     head = LookaheadHead(lenvm.hidden_size, lenvm.lookahead.rank, len(lenvm.bins), tokens, source_size)

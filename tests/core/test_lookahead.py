@@ -165,7 +165,7 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[2, 3] += 0.01
     model.save_pretrained(tmp_path / "trained")
-    with pytest.raises(LenvmFormatError, match="another base model .tiny, hash"):
+    with pytest.raises(LenvmFormatError, match=r"another base model \(tiny, hash"):
         AttachedHead.from_pretrained(tmp_path / "head", tmp_path / "trained")
     with pytest.raises(LenvmFormatError, match="no safetensors"):
         AttachedHead.from_pretrained(tmp_path / "head", tmp_path)
