@@ -58,14 +58,20 @@ class AblationTarget(BaseModel):
 class LookaheadShape(BaseModel):
     """Of a lookahead head (`lenvm.heads.LookaheadHead`): its rank r, and where its token vectors E come from.
 
-    `table`: an own table [V, r]. `projection`: the embedding of the backbone whose state it reads, times [d, r]; for an
-    attached head `source` is that embedding's name in the base model's files.
+    `table`: an own table [V, r]. `projection`: the embedding [V, d] of the backbone whose state it reads, times [d, r];
+    `source` is that embedding's name in the files of the checkpoint, or of the base model where the head is attached.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     rank: int = Field(ge=1)
     embedding: Literal["table", "projection"] = "table"
     source: str | None = None
+
+    @model_validator(mode="after")
+    def _source_of_a_projection(self) -> LookaheadShape:
+        if (self.embedding == "projection") != (self.source is not None):
+            raise ValueError("`source` names the embedding of a projection: give it there, and nowhere else")
+        return self
 
 
 class LenvmConfig(BaseModel):
@@ -102,10 +108,6 @@ class LenvmConfig(BaseModel):
             raise ValueError("bins and the length head go together: give both or neither")
         if self.has_lookahead_head != (self.lookahead is not None):
             raise ValueError("the head `lookahead` and its shape `lookahead` go together: give both or neither")
-        if self.lookahead is not None and (self.lookahead.source is not None) != (
-            bool(self.attached) and self.lookahead.embedding == "projection"
-        ):
-            raise ValueError("lookahead.source names the projected embedding of an attached head, and of no other")
         if {self.base_hash is not None, self.hidden_size is not None} != {bool(self.attached)}:
             raise ValueError("base_hash and hidden_size belong to an attached length value model, both of them")
         if self.bins:

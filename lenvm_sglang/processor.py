@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
@@ -21,11 +21,15 @@ from lenvm.definitions import length_from_logit
 from lenvm.format import LenvmConfig
 from lenvm.guidance import Scores, guide_rows, predicted_lengths, strict_bounds
 from lenvm.lognormal import lognormal_log_q
+from lenvm.lookahead import prompt_distribution, prompt_summary
 from lenvm.sampler import draw
 from lenvm_sglang.metrics import FallbackOutput, StepMetrics
 from lenvm_sglang.outputs import QUANTILES, LengthOutput, SequenceOutput
 from lenvm_sglang.state import to_device
 from lenvm_sglang.worker import LengthRows, Read, ValueWorker
+
+if TYPE_CHECKING:
+    from lenvm_sglang.lookahead import AttachedWorker
 
 _STATES_AT_ONCE = 256
 
@@ -66,7 +70,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
     client bytes and does not need `--enable-custom-logit-processor`.
     """
 
-    def __init__(self, worker: ValueWorker, metrics: StepMetrics | None = None) -> None:
+    def __init__(self, worker: ValueWorker | AttachedWorker, metrics: StepMetrics | None = None) -> None:
         self.worker = worker
         self.metrics = metrics
 
@@ -81,22 +85,25 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         """
         raise RuntimeError("LengthValueLogitProcessor needs the forward batch; the plug-in calls steer().")
 
-    def follow(self, batch: Any, rows: LengthRows) -> list[LengthOutput | SequenceOutput]:
+    def follow(self, batch: Any, rows: LengthRows, output: Any) -> list[LengthOutput | SequenceOutput]:
         """After each forward of the base model: value KV of what it read, predictions at the prompt boundary, and
         every state of a sequence that is only read."""
         with self._timed("read"):
-            return self._follow(batch, rows)
+            return self._follow(batch, rows, output)
 
-    def _follow(self, batch: Any, rows: LengthRows) -> list[LengthOutput | SequenceOutput]:
-        read = self.worker.follow(batch, rows)
+    def _follow(self, batch: Any, rows: LengthRows, output: Any) -> list[LengthOutput | SequenceOutput]:
+        read = self.worker.follow(batch, rows, output)
         if read is None:
             return []
         ends = list(accumulate(read.lengths))
         outputs: list[LengthOutput | SequenceOutput] = []
         wanted = [i for i, state in enumerate(rows.states) if rows.draws[i] and state.predicted_length is None]
         if wanted:
-            lengths = prompt_lengths(self.worker.scores(read, [ends[i] - 1 for i in wanted]), self.worker.lenvm)
             index, states = [rows.index[i] for i in wanted], [rows.states[i] for i in wanted]
+            if self.worker.ahead is None:
+                lengths = prompt_lengths(self.worker.scores(read, [ends[i] - 1 for i in wanted]), self.worker.lenvm)
+            else:
+                lengths = self._prompt_ahead(batch, index, output.next_token_logits)
             outputs.append(LengthOutput(index, states, lengths, at_prompt=True))
         for i, state in enumerate(rows.states):
             if state.sequence_from is None:
@@ -109,6 +116,18 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
                 columns = self._columns(read, tokens)
                 outputs.append(SequenceOutput(state, begin - state.sequence_from, after_stop, columns))
         return outputs
+
+    def _prompt_ahead(self, batch: Any, index: list[int], logits: Tensor) -> Tensor:
+        """`prompt_lengths` from one state before the first token: sum_x p(x) q(n - 1 | s_0 + x) over the candidates
+        that the requests' own sampling settings leave of the base's logits."""
+        worker = self.worker
+        assert worker.ahead is not None
+        where = to_device(index, torch.int64, logits.device)
+        slots = batch.req_pool_indices[where].long()
+        parameters = worker.table.read(slots, batch.seq_lens[where])
+        candidates = build_candidates(logits[where], parameters.sampling, parameters.stop_token_ids, worker.width)
+        pmf = prompt_distribution(candidates, worker.ahead.log_q(slots, candidates.token_ids), worker.lenvm.length_bins)
+        return prompt_summary(pmf, QUANTILES)
 
     def _columns(self, read: Read, tokens: range) -> Tensor:
         """`SEQUENCE_COLUMNS` of the states after `tokens`, [len(tokens), 5]; in pieces, because quantiles take a row

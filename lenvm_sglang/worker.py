@@ -16,7 +16,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from lenvm_sglang.attention import SharedPrefixBackend
 from lenvm_sglang.model import register_architecture
 from lenvm_sglang.settings import Settings, StartError
 from lenvm_sglang.state import RequestState, RowTable, to_device
+
+if TYPE_CHECKING:
+    from lenvm_sglang.lookahead import LastStates
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,15 @@ class Read(NamedTuple):
 
 
 class ValueWorker:
-    """Owns the value model in one scheduler process."""
+    """Owns the value model in one scheduler process.
+
+    Attributes:
+        own_prefixes: cached prefixes of requests with length fields are kept apart, because they have value KV.
+        ahead: where the checkpoint has a lookahead head (`lenvm_sglang.lookahead`), what scores from one state.
+    """
+
+    own_prefixes = True
+    ahead: LastStates | None = None
 
     def __init__(self, scheduler: Any, settings: Settings) -> None:
         from sglang.srt.configs.model_config import ModelConfig
@@ -106,22 +117,14 @@ class ValueWorker:
             is_draft_worker=True,
         )
         self.width = min(settings.max_candidates, self.base.model_config.vocab_size)
+        self.scratch_width = self.width
         self.prefill_tokens = 0
         self.scored_rows = 0
         logger.info("lenvm: %s loaded from %s", type(self.runner.model).__name__, settings.model)
 
     def info(self) -> dict[str, Any]:
         """What `GET /lenvm/info` says of the value model."""
-        return {
-            "model": self.settings.model,
-            "architecture": architecture_of(self.settings.model),
-            "max_candidates": self.width,
-            "gamma": self.lenvm.gamma,
-            "heads": list(self.lenvm.heads),
-            "bins": list(self.lenvm.bins),
-            "base_model": self.lenvm.base_model,
-            "format": self.lenvm.format,
-        }
+        return describe(self.settings, architecture_of(self.settings.model), self.width, self.lenvm)
 
     # ----- memory ---------------------------------------------------------------------------------------------------
 
@@ -136,7 +139,7 @@ class ValueWorker:
 
     def scratch_bytes(self, max_requests: int | None) -> int:
         """Value KV of the candidates, for the host's KV budget."""
-        return (max_requests or MOST_REQUESTS) * self.width * self.bytes_per_token()
+        return (max_requests or MOST_REQUESTS) * self.scratch_width * self.bytes_per_token()
 
     def allocate(self) -> None:
         """Make the value KV pool and the parameter table, once the base's pools exist.
@@ -159,7 +162,7 @@ class ValueWorker:
         self.scratch = slots
         config = runner.model_config
         self.pool = MHATokenToKVPool(
-            slots + self.request_rows * self.width,
+            slots + self.request_rows * self.scratch_width,
             page_size=1,
             dtype=base.kv_cache_dtype,
             head_num=config.get_num_kv_heads(get_parallel().attn_tp_size),
@@ -175,7 +178,7 @@ class ValueWorker:
         logger.info(
             "lenvm: value KV pool of %d slots (%d of them scratch), %.1f MB",
             self.pool.size,
-            self.request_rows * self.width,
+            self.request_rows * self.scratch_width,
             self.pool.size * self.bytes_per_token() / 2**20,
         )
 
@@ -206,12 +209,13 @@ class ValueWorker:
 
     # ----- forwards -------------------------------------------------------------------------------------------------
 
-    def follow(self, batch: Any, rows: LengthRows) -> Read | None:
+    def follow(self, batch: Any, rows: LengthRows, output: Any) -> Read | None:
         """Give the tokens that the base model just read their value KV.
 
         Args:
             batch: the host's forward batch, after its forward.
             rows: its rows with length fields.
+            output: the host's logits output.
 
         Returns:
             What a prefill read; None for a decode step.
@@ -308,6 +312,20 @@ class ValueWorker:
 
         with forward_context(ForwardContext(attn_backend=backend)), torch.no_grad():
             return self.runner.model.forward(batch.input_ids, batch.positions, batch)
+
+
+def describe(settings: Settings, architecture: str, width: int, lenvm: LenvmConfig) -> dict[str, Any]:
+    """What `GET /lenvm/info` says of a checkpoint."""
+    return {
+        "model": settings.model,
+        "architecture": architecture,
+        "max_candidates": width,
+        "gamma": lenvm.gamma,
+        "heads": list(lenvm.heads),
+        "bins": list(lenvm.bins),
+        "base_model": lenvm.base_model,
+        "format": lenvm.format,
+    }
 
 
 def architecture_of(directory: str) -> str:

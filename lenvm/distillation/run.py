@@ -80,7 +80,7 @@ def distil(paths: Paths, settings: Settings, notify: Notify, device: str | None 
     head.reset_parameters()
     head.start_from(source.cpu())
     head.to(place)
-    block = _block(paths, settings, teacher.lenvm, base, hidden_size)
+    block = _block(paths, settings, teacher.lenvm, owner, hidden_size)
 
     def save_best() -> None:
         if settings.state_of == "base":
@@ -135,10 +135,17 @@ def stop_tokens(base: Any, tokenizer: Any) -> list[int]:
     return stops
 
 
-def _block(paths: Paths, settings: Settings, teacher: LenvmConfig, base: Any, hidden_size: int) -> LenvmConfig:
-    """The `lenvm` block of the new checkpoint."""
+def _block(paths: Paths, settings: Settings, teacher: LenvmConfig, owner: Any, hidden_size: int) -> LenvmConfig:
+    """The `lenvm` block of the new checkpoint; `owner` is the model whose states the head reads."""
+    from lenvm.attached import base_hash, read_tensor
+
+    source = None
+    if settings.embedding == "projection":
+        weight = owner.get_input_embeddings().weight
+        source = next(name for name, value in owner.named_parameters() if value is weight)
+        read_tensor(paths.base if settings.state_of == "base" else paths.lenvm, source)  # refused here, not when served
+    shape = LookaheadShape(rank=settings.rank, embedding=settings.embedding, source=source)
     if settings.state_of == "lenvm":
-        shape = LookaheadShape(rank=settings.rank, embedding=settings.embedding)
         return LenvmConfig(
             gamma=teacher.gamma,
             heads=("value", "length", "lookahead"),
@@ -147,19 +154,12 @@ def _block(paths: Paths, settings: Settings, teacher: LenvmConfig, base: Any, hi
             spread=teacher.spread,
             lookahead=shape,
         )
-    from lenvm.attached import base_hash, read_tensor
-
-    source = None
-    if settings.embedding == "projection":
-        weight = base.get_input_embeddings().weight
-        source = next(name for name, value in base.named_parameters() if value is weight)
-        read_tensor(paths.base, source)  # refused here rather than by the server
     return LenvmConfig(
         gamma=teacher.gamma,
         heads=("lookahead",),
         bins=teacher.bins,
         base_model=teacher.base_model or str(paths.base),
-        lookahead=LookaheadShape(rank=settings.rank, embedding=settings.embedding, source=source),
+        lookahead=shape,
         attached=True,
         base_hash=base_hash(paths.base),
         hidden_size=hidden_size,

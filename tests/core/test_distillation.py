@@ -114,7 +114,7 @@ def test_distilling_lowers_the_kl_and_resumes_to_the_digit(world: Path, tmp_path
     for file in ("model.safetensors", "distill/round-00006.safetensors"):
         first, second = (load_file(tmp_path / run / file) for run in ("whole", "parts"))
         assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-    with pytest.raises(DistillationError, match="lr: 0.002 then, 0.1 now"):
+    with pytest.raises(DistillationError, match=r"lr: 0\.002 then, 0\.1 now"):
         distil(paths(world, tmp_path / "whole"), SETTINGS.model_copy(update={"lr": 0.1}), lambda *_: None)
 
 

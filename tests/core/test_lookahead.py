@@ -191,7 +191,7 @@ def test_lenvm_with_a_lookahead_head_round_trips(embedding: Any, tmp_path: Path)
         gamma=0.9,
         heads=("value", "length", "lookahead"),
         bins=BINS.centres,
-        lookahead=LookaheadShape(rank=R, embedding=embedding),
+        lookahead=LookaheadShape(rank=R, embedding=embedding, source=None if embedding == "table" else "x"),
     )
     model = LengthValueModel.from_backbone(tmp_path / "base", lenvm).eval()
     model.save_pretrained(tmp_path / "lenvm")
@@ -217,7 +217,7 @@ def test_lenvm_with_a_lookahead_head_round_trips(embedding: Any, tmp_path: Path)
         ({"attached": True}, "of an attached length value model must be"),
         ({"attached": True, "heads": ["lookahead"], "lookahead": {"rank": 4}}, "base_hash and hidden_size"),
         ({"base_hash": "ab"}, "base_hash and hidden_size"),
-        ({"heads": ["value", "length", "lookahead"], "lookahead": {"rank": 4, "source": "x"}}, "and of no other"),
+        ({"heads": ["value", "length", "lookahead"], "lookahead": {"rank": 4, "source": "x"}}, "nowhere else"),
         ({"heads": ["value", "length", "lookahead"], "lookahead": {"rank": 0}}, "greater than or equal to 1"),
     ],
 )
