@@ -1,9 +1,9 @@
 """Guidance without candidate rows: a lookahead head scores every candidate from one state.
 
 `LookaheadWorker`: the LenVM reads one token a step, and its own state is looked ahead from. `AttachedWorker`: the base
-model's hidden state, which the host has anyway, is looked ahead from; no second model, no second KV cache. Both keep the
-last state of every running request by its row of the host's request pool, so that a token may be drawn later than the
-forward that made its logits.
+model's hidden state, which the host has anyway, is looked ahead from; no second model, no second KV cache. Both keep
+the last state of every running request by its row of the host's request pool, so that a token may be drawn later than
+the forward that made its logits.
 """
 
 from __future__ import annotations

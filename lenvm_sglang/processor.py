@@ -7,6 +7,7 @@ and random numbers cannot act on it a second time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -25,7 +26,7 @@ from lenvm.lookahead import prompt_distribution, prompt_summary
 from lenvm.sampler import draw
 from lenvm_sglang.metrics import FallbackOutput, StepMetrics
 from lenvm_sglang.outputs import QUANTILES, LengthOutput, SequenceOutput
-from lenvm_sglang.state import to_device
+from lenvm_sglang.state import RequestState, to_device
 from lenvm_sglang.worker import LengthRows, Read, ValueWorker
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             if self.worker.ahead is None:
                 lengths = prompt_lengths(self.worker.scores(read, [ends[i] - 1 for i in wanted]), self.worker.lenvm)
             else:
-                lengths = self._prompt_ahead(batch, index, output.next_token_logits)
+                lengths = self._prompt_ahead(batch, index, states, output.next_token_logits)
             outputs.append(LengthOutput(index, states, lengths, at_prompt=True))
         for i, state in enumerate(rows.states):
             if state.sequence_from is None:
@@ -117,7 +118,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
                 outputs.append(SequenceOutput(state, begin - state.sequence_from, after_stop, columns))
         return outputs
 
-    def _prompt_ahead(self, batch: Any, index: list[int], logits: Tensor) -> Tensor:
+    def _prompt_ahead(self, batch: Any, index: list[int], states: list[RequestState], logits: Tensor) -> Tensor:
         """`prompt_lengths` from one state before the first token: sum_x p(x) q(n - 1 | s_0 + x) over the candidates
         that the requests' own sampling settings leave of the base's logits."""
         worker = self.worker
@@ -125,8 +126,15 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         where = to_device(index, torch.int64, logits.device)
         slots = batch.req_pool_indices[where].long()
         parameters = worker.table.read(slots, batch.seq_lens[where])
-        candidates = build_candidates(logits[where], parameters.sampling, parameters.stop_token_ids, worker.width)
-        pmf = prompt_distribution(candidates, worker.ahead.log_q(slots, candidates.token_ids), worker.lenvm.length_bins)
+        candidates = build_candidates(
+            logits[where],
+            parameters.sampling,
+            parameters.stop_token_ids,
+            worker.width,
+            reach=reach(states, worker.width, logits.shape[-1]),
+        )
+        after = worker.ahead.log_q(slots, candidates.token_ids)
+        pmf = prompt_distribution(candidates, after, worker.lenvm.length_bins)
         return prompt_summary(pmf, QUANTILES)
 
     def _columns(self, read: Read, tokens: range) -> Tensor:
@@ -173,7 +181,6 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             temperature = parameters.sampling.temperature[:, None] if step.scale_logprobs else 1.0
             step.base_logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
         ban_stop, force_stop = strict_bounds(parameters.guidance)
-        vocabulary = logits.shape[-1]
         candidates = build_candidates(
             logits,
             parameters.sampling,
@@ -181,8 +188,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             worker.width,
             ban_stop,
             force_stop,
-            # the states are on the host: with no top-k on, ordering K tokens is enough
-            reach=max([worker.width, *(s.top_k for s in rows.states if s.top_k < vocabulary)]),
+            reach=reach(rows.states, worker.width, logits.shape[-1]),
         )
         if device.type == "cpu":
             # Kept slots are a prefix of the sorted set; with no device to wait for, narrow the forward to them.
@@ -249,6 +255,11 @@ def prompt_lengths(scores: Scores, lenvm: LenvmConfig) -> Tensor:
         log_q, bins = lognormal_log_q(scores.z, lenvm)
         expected = length_from_logit(scores.z, lenvm.gamma)
     return torch.stack([expected, *(bins.quantile(log_q, p).float() for p in QUANTILES)], dim=-1)
+
+
+def reach(states: Sequence[RequestState], width: int, vocabulary: int) -> int:
+    """How many tokens must be ordered. The states are on the host: with no top-k on, `width` tokens are enough."""
+    return max([width, *(s.top_k for s in states if s.top_k < vocabulary)])
 
 
 def finite_rows(candidates: Candidates, scores: Scores) -> Tensor:
