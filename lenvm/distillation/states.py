@@ -8,7 +8,7 @@ all candidates of the chosen states in a second forward, each behind its own pre
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,12 @@ class SampledWith:
     top_p: float
     top_k: int
     min_p: float
+
+    @classmethod
+    def of(cls, sampling: Mapping[str, Any]) -> SampledWith:
+        """From a row's `sampling`; what is not there is off."""
+        given = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, **sampling}
+        return cls(given["temperature"], given["top_p"], given["top_k"], given["min_p"])
 
     def rows(self, count: int, vocabulary: int, device: torch.device) -> SamplingRows:
         """The same settings for `count` rows."""
@@ -85,8 +91,7 @@ def read_completions(path: Path) -> tuple[list[Completion], SampledWith]:
                 ) from None
             if one.completion and one.prompt:
                 found.append(one)
-            settings.add(SampledWith(how.get("temperature", 1.0), how.get("top_p", 1.0), how.get("top_k", -1),
-                                     how.get("min_p", 0.0)))  # fmt: skip
+            settings.add(SampledWith.of(how))
     if not found:
         raise DistillationError(f"{path} has no completions.")
     if len(settings) > 1:

@@ -1,4 +1,4 @@
-"""Lookahead heads in a real server, attached to the base and beside it, against transformers; chunks and retractions."""
+"""Lookahead heads in a real server, attached to the base and on a LenVM, against transformers."""
 
 from __future__ import annotations
 
