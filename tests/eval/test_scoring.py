@@ -16,7 +16,6 @@ from lenvm.evaluation.scoring import _buckets, base_log_probs, predict_at_prompt
 from lenvm.format import LenvmConfig, LookaheadShape
 from lenvm.heads import LookaheadHead
 from lenvm.modeling import LengthValueModel
-from tests.eval.conftest import STOP
 
 
 def test_log_probs_equal_an_unbatched_forward(world, monkeypatch):
@@ -88,7 +87,9 @@ def test_prediction_of_an_attached_head_is_a_sum_over_first_tokens(world, tmp_pa
             log_q = head(state, tokens).log_softmax(-1)
         pmf = np.zeros(bins.longest + 2)
         for share, token, q in zip((p / p.sum()).tolist(), tokens.tolist(), log_q, strict=True):
-            pmf[1:] += share * (np.eye(bins.longest + 1)[0] if token == STOP else bins.pmf(q).numpy())
+            pmf[1:] += share * (
+                np.eye(bins.longest + 1)[0] if token == world.tokenizer.eos_token_id else bins.pmf(q).numpy()
+            )
         n = np.arange(len(pmf))
         assert found.expected[i] == pytest.approx((pmf * n).sum(), rel=1e-4)
         assert found.from_distribution[i] == pytest.approx(np.log((pmf * 0.9**n).sum()) / np.log(0.9), rel=1e-4)
