@@ -2,8 +2,8 @@
 """Which length value model to take: a full one, one with a lookahead head, or a head attached to the base model.
 
 Each is served in turn beside the same base model and asked the same prompts, targets and seeds by `lenvm eval
-control`; then Markdown tables: Length Score, exact hits and base log-probability with 95 % intervals, prediction at the prompt,
-tokens a second guided and unguided in turn on the same server, and what it adds to the base model's memory.
+control`; then Markdown tables: Length Score, exact hits and base log-probability with 95 % intervals, prediction at the
+prompt, tokens a second guided and unguided in turn on the same server, and what it adds to the base model's memory.
 
     python benchmarks/lookahead.py runs/demo --attached runs/attached --lookahead runs/lookahead --out runs/compare
 """

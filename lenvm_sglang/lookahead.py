@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lenvm.attached import AttachedHead, read_tensor
+from lenvm.attached import ARCHITECTURE, AttachedHead, read_tensor
 from lenvm.candidates import Candidates
 from lenvm.format import LenvmConfig, read_lenvm_config
 from lenvm.guidance import Scores
@@ -24,7 +24,7 @@ from lenvm.lookahead import scores_from_distribution
 from lenvm_sglang.attention import SharedPrefixBackend
 from lenvm_sglang.settings import Settings, local_directory
 from lenvm_sglang.state import RowTable, to_device
-from lenvm_sglang.worker import LengthRows, Read, ValueWorker, decode_batch
+from lenvm_sglang.worker import LengthRows, Read, ValueWorker, decode_batch, describe, plain_attention
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +74,10 @@ class LookaheadWorker(ValueWorker):
         head = head.with_table(None if source is None else source.to(head.w1.device))
         self.ahead = LastStates(self.lenvm, head, self.request_rows, self.runner.dtype)
 
-    def build_backends(self) -> None:
-        """Attention of whole sequences, and of one new token each."""
-        super().build_backends()
-        if self.virtual is not None:  # the host's own backend decodes real rows from the real request table
-            self.virtual = None
-            self.runner.req_to_token_pool = self.base.req_to_token_pool
-            self.candidates = self.sequences
+    def _build_candidate_backend(self) -> None:
+        """One new token a row is an ordinary decode; in plain torch our backend does all rows in one call."""
+        native = self.runner.decode_attention_backend_str == "torch_native" and plain_attention(self.runner.model)
+        self.candidates = SharedPrefixBackend(self.pool, self.base.req_to_token_pool) if native else self.sequences
 
     def follow(self, batch: Any, rows: LengthRows, output: Any) -> Read | None:
         """Read what the base model read, and keep each row's last state."""
@@ -140,9 +137,6 @@ class AttachedWorker:
 
     def info(self) -> dict[str, Any]:
         """What `GET /lenvm/info` says of the head."""
-        from lenvm.attached import ARCHITECTURE
-        from lenvm_sglang.worker import describe
-
         return describe(self.settings, ARCHITECTURE, self.width, self.lenvm)
 
     def bytes_per_token(self) -> int:

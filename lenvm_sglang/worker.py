@@ -194,6 +194,10 @@ class ValueWorker:
         runner.init_attention_backends()
         self.sequences = runner.attn_backend
         self.virtual: Tensor | None = None
+        self._build_candidate_backend()
+
+    def _build_candidate_backend(self) -> None:
+        base, runner = self.base, self.runner
         if runner.decode_attention_backend_str == "torch_native" and plain_attention(runner.model):
             self.candidates: Any = SharedPrefixBackend(self.pool, base.req_to_token_pool)
             return
