@@ -52,7 +52,10 @@ def distill(
     passes: Annotated[int, typer.Option(min=1, help="How often what was read is seen.")] = 4,
     batch: Annotated[int, typer.Option(min=1, help="States of one step.")] = 256,
     lr: Annotated[float, typer.Option(min=1e-8, help="Learning rate; falls linearly.")] = 2e-3,
-    patience: Annotated[int, typer.Option(min=1, help="Rounds without a better held-out KL.")] = 8,
+    patience: Annotated[int, typer.Option(min=1, help="Rounds without a better held-out KL or Length Score.")] = 8,
+    control_every: Annotated[
+        int, typer.Option(min=0, help="Rounds between two checks of guided answers; 0 makes none.")
+    ] = 4,
     seed: Annotated[int, typer.Option(help="Of the states, the order and the first weights.")] = 0,
 ) -> None:
     """Distil a lookahead head: the length distribution after every candidate, from the state before it.
@@ -79,6 +82,7 @@ def distill(
         batch=batch,
         lr=lr,
         patience=patience,
+        control_every=control_every,
         seed=seed,
     )
     try:
@@ -134,4 +138,5 @@ def _shown(progress: Progress) -> str:
     if not progress.history:
         return ""
     last = progress.history[-1]
-    return f"KL {last['train_kl']:.4f}, held out {last['held_out_kl']:.4f} (best {progress.best:.4f})"
+    score = f", Length Score {last['length_score']:.1f}" if "length_score" in last else ""
+    return f"KL {last['train_kl']:.4f}, held out {last['held_out_kl']:.4f} (best {progress.best:.4f}){score}"

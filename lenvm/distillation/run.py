@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lenvm.distillation.control import ControlCheck
 from lenvm.distillation.errors import DistillationError
 from lenvm.distillation.states import Completion, StateReader, check_teacher, read_completions
 from lenvm.distillation.training import Distiller, Notify, Progress, Settings
@@ -90,11 +91,16 @@ def distil(paths: Paths, settings: Settings, notify: Notify, device: str | None 
         else:
             _save_beside(paths, block, teacher, head)
 
+    check = None
+    if settings.control_every:
+        ended = [c for c in held_out if c.completion[-1] in stops]  # a cut completion has no length to ask for
+        projected = None if settings.embedding == "table" else source
+        check = ControlCheck(reader, _spread(ended, settings.control_answers), block, projected) if ended else None
     identity = {name: str(getattr(paths, name)) for name in ("base", "lenvm", "samples", "validation")}
     identity["samples_hash"] = _hash(paths.samples)
     distiller = Distiller(
         head, reader, completions, held_out, None if settings.embedding == "table" else source, settings,
-        paths.out / RUN_FOLDER, identity,
+        paths.out / RUN_FOLDER, identity, check,
     )  # fmt: skip
     return distiller.run(save_best, notify)
 

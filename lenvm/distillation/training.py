@@ -33,7 +33,9 @@ class Settings(BaseModel):
     batch: int = Field(default=256, ge=1, description="States of one step.")
     lr: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.02, ge=0)
-    patience: int = Field(default=8, ge=1, description="Rounds without a better held-out KL.")
+    patience: int = Field(default=8, ge=1, description="Rounds without a better held-out KL or Length Score.")
+    control_every: int = Field(default=4, ge=0, description="Rounds between two control checks; 0 makes none.")
+    control_answers: int = Field(default=64, ge=1, description="Guided answers of a control check.")
     seed: int = 0
 
 
@@ -46,13 +48,17 @@ class Progress:
         steps: optimizer steps done.
         best: smallest held-out KL, in nats a candidate, and
         best_round: after which round.
-        history: one entry a round: steps, train and held-out KL.
+        best_score: largest Length Score of the control checks, and
+        best_score_round: after which round.
+        history: one entry a round: steps, train and held-out KL, and the Length Score where it was measured.
     """
 
     rounds: int = 0
     steps: int = 0
     best: float = float("inf")
     best_round: int = 0
+    best_score: float = 0.0
+    best_score_round: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -93,11 +99,13 @@ class Distiller:
         settings: sizes and rates.
         folder: where the state of the run is kept.
         identity: what else must be the same for a run to be taken up (file and model names).
+        check: control quality of a head, a Length Score; None without control checks.
     """
 
     def __init__(self, head: LookaheadHead, reader: StateReader, completions: Sequence[Completion],
                  held_out: Sequence[Completion], source: Tensor | None, settings: Settings, folder: Path,
-                 identity: dict[str, Any]) -> None:  # fmt: skip
+                 identity: dict[str, Any], check: Callable[[LookaheadHead], float] | None = None) -> None:  # fmt: skip
+        self.check = check
         self.head, self.reader, self.source, self.settings = head, reader, source, settings
         self.completions, self.held_out = completions, held_out
         self.folder = folder
@@ -125,7 +133,12 @@ class Distiller:
             train_kl = self._round(number)
             kl = held_out_kl(self.head, unseen, self.source)
             self.progress.rounds = number
-            self.progress.history.append({"steps": self.progress.steps, "train_kl": train_kl, "held_out_kl": kl})
+            entry = {"steps": self.progress.steps, "train_kl": train_kl, "held_out_kl": kl}
+            if self.check is not None and (number % s.control_every == 0 or number == self.total):
+                entry["length_score"] = score = self.check(self.head)
+                if score > self.progress.best_score:
+                    self.progress.best_score, self.progress.best_score_round = score, number
+            self.progress.history.append(entry)
             if kl < self.progress.best:
                 self.progress.best, self.progress.best_round = kl, number
                 save_best()
@@ -134,7 +147,8 @@ class Distiller:
         return self.progress
 
     def _waited(self) -> int:
-        return self.progress.rounds - self.progress.best_round
+        """Rounds in which neither the KL nor control got better: one may stand still while the other goes on."""
+        return self.progress.rounds - max(self.progress.best_round, self.progress.best_score_round)
 
     def _round(self, number: int) -> float:
         """Read a round's completions and fit; mean KL of its last pass."""

@@ -17,15 +17,18 @@ from typer.testing import CliRunner
 from lenvm import LengthBins, LengthValueModel, LenvmConfig
 from lenvm.attached import AttachedHead, base_hash
 from lenvm.cli import main
+from lenvm.distillation.control import ControlCheck
 from lenvm.distillation.errors import DistillationError
 from lenvm.distillation.run import Paths, distil
 from lenvm.distillation.states import StateReader, read_completions
 from lenvm.distillation.training import Progress, Settings
 from lenvm.format import read_lenvm_config
+from lenvm.heads import LookaheadHead
 
 V, STOP = 24, 2
 BINS = LengthBins.for_max_length(30)
-SETTINGS = Settings(rank=8, round_size=16, passes=2, epochs=2, batch=32, states=6, candidates=5)
+SETTINGS = Settings(rank=8, round_size=16, passes=2, epochs=2, batch=32, states=6, candidates=5,
+                    control_every=3, control_answers=8)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +102,48 @@ def test_states_are_those_of_separate_sequences(world: Path, state_of: Any) -> N
     assert compared > 40
 
 
+@pytest.mark.parametrize("state_of", ["base", "lenvm"])
+@torch.no_grad()
+def test_guided_answers_are_those_of_single_sequences(world: Path, state_of: Any) -> None:
+    """Greedy answers of one padded batch with a cache, against whole sequences and the rule by hand."""
+    base = AutoModelForCausalLM.from_pretrained(world / "base").eval()
+    teacher = LengthValueModel.from_pretrained(world / "lenvm").eval()
+    completions, sampled = read_completions(world / "val.jsonl")
+    reader = StateReader(base, teacher, sampled, [STOP], candidates=5, states=6, state_of=state_of)
+    torch.manual_seed(5)
+    head = LookaheadHead(16, 8, len(BINS), tokens=V)
+    head.reset_parameters()
+    check = ControlCheck(reader, completions[::3], teacher.lenvm, None)
+    lengths = []
+    for c, answer in zip(completions[::3], check.answers(head, greedy=True), strict=True):
+        ids, target, expected = list(c.prompt), len(c.completion), []
+        while len(expected) < 1.5 * target and STOP not in expected:
+            state = base.model(torch.tensor([ids])).last_hidden_state[0, -1]
+            p, tokens = torch.softmax(base.lm_head(state).double() / 0.8, -1).sort(descending=True)
+            if state_of == "lenvm":
+                state = teacher.backbone(torch.tensor([ids])).last_hidden_state[0, -1]
+            left, best = target - len(expected) - 1, {}
+            for k in range(5):
+                if p[:k].sum() > 0.95:
+                    break
+                pmf = BINS.pmf(head(state, tokens[k : k + 1]).log_softmax(-1))[0].double()
+                after = torch.zeros_like(pmf).index_fill(0, torch.tensor(0), 1.0) if tokens[k] == STOP else pmf
+                n = torch.arange(len(pmf))
+                kernel = torch.exp(-n / 3) if left < 0 else (n == left).double()
+                best[int(tokens[k])] = float(p[k].log() + 2 * ((after * kernel).sum() + 1e-30).log())
+            token = max(best, key=lambda x: best[x])
+            expected.append(token)
+            ids.append(token)
+        assert answer == expected
+        lengths.append(len(answer))
+    assert len(set(lengths)) > 1
+    assert 0 < check(head) < 100
+
+
 def test_distilling_lowers_the_kl_and_resumes_to_the_digit(world: Path, tmp_path: Path) -> None:
     whole = distil(paths(world, tmp_path / "whole"), SETTINGS, lambda *_: None)
     kl = [entry["held_out_kl"] for entry in whole.history]
+    assert [i for i, entry in enumerate(whole.history, start=1) if "length_score" in entry] == [3, 6]
     assert whole.rounds == 6 and kl[-1] < 0.8 * kl[0] and whole.best == min(kl)
 
     def interrupt(progress: Progress, total: int) -> None:
@@ -121,7 +163,8 @@ def test_distilling_lowers_the_kl_and_resumes_to_the_digit(world: Path, tmp_path
 def test_early_stop(world: Path, tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"lr": 1e3, "epochs": 20, "patience": 2})
     progress = distil(paths(world, tmp_path), settings, lambda *_: None)
-    assert progress.rounds == progress.best_round + 2
+    assert progress.rounds == max(progress.best_round, progress.best_score_round) + 2
+    assert progress.rounds < 60
 
 
 def test_what_is_written(world: Path, tmp_path: Path) -> None:
