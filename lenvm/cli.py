@@ -12,6 +12,7 @@ import typer
 
 from lenvm import __version__
 from lenvm.convert_command import convert
+from lenvm.distillation.command import distill
 from lenvm.evaluation.commands import app as evaluation
 from lenvm.pipeline.commands import app as pipeline
 from lenvm.report.command import report
@@ -26,6 +27,7 @@ main = typer.Typer(
 main.command()(sample)
 main.command()(split)
 main.command()(convert)
+main.command()(distill)
 main.command()(report)
 main.add_typer(evaluation, name="eval")
 main.add_typer(pipeline, name="pipeline")

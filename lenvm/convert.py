@@ -28,7 +28,7 @@ PUBLISHED_KEYS = {
 }
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LM_HEAD = "lm_head."
-HEADS = ("value_head.", "length_head.")
+HEADS = ("value_head.", "length_head.", "lookahead_head.")
 COPIED = (
     "*token*.json",
     "*token*.model",
@@ -107,6 +107,8 @@ def to_published(source: Path, out: Path) -> list[str]:
     notes = [f"gamma is {lenvm.gamma!r}: that layout does not store it, and values mean nothing without it."]
     if lenvm.has_length_head:
         notes.append("the length distribution is left behind: that layout has a value head only.")
+    if lenvm.has_lookahead_head:
+        notes.append("the lookahead head is left behind as well.")
     if not getattr(config.get_text_config(), "tie_word_embeddings", False):
         notes.append("there is no lm_head: load the backbone, or take the lm_head of the base model.")
     return notes

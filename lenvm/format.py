@@ -13,7 +13,9 @@ from lenvm.targets import Representation, ValueSpace
 
 FORMAT_VERSION = 1
 ARCHITECTURE_SUFFIX = "ForLengthValue"
-HeadName = Literal["value", "length"]
+HeadName = Literal["value", "length", "lookahead"]
+HEAD_SETS: tuple[tuple[HeadName, ...], ...] = (("value",), ("value", "length"), ("value", "length", "lookahead"))
+"""Heads that a checkpoint with a backbone may have; an attached one has the lookahead head alone."""
 
 
 class LenvmFormatError(ValueError):
@@ -53,6 +55,25 @@ class AblationTarget(BaseModel):
     longest: int | None = Field(default=None, ge=1)
 
 
+class LookaheadShape(BaseModel):
+    """Of a lookahead head (`lenvm.heads.LookaheadHead`): its rank r, and where its token vectors E come from.
+
+    `table`: an own table [V, r]. `projection`: the embedding [V, d] of the backbone whose state it reads, times [d, r];
+    `source` is that embedding's name in the files of the checkpoint, or of the base model where the head is attached.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    rank: int = Field(ge=1)
+    embedding: Literal["table", "projection"] = "table"
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _source_of_a_projection(self) -> LookaheadShape:
+        if (self.embedding == "projection") != (self.source is not None):
+            raise ValueError("`source` names the embedding of a projection: give it there, and nowhere else")
+        return self
+
+
 class LenvmConfig(BaseModel):
     """The `lenvm` block. Frozen; unknown keys are refused, so that a newer format is never read by halves."""
 
@@ -64,6 +85,10 @@ class LenvmConfig(BaseModel):
     base_model: str = ""
     spread: Spread | None = None
     target: AblationTarget | None = None
+    lookahead: LookaheadShape | None = None
+    attached: Literal[True] | None = None
+    base_hash: str | None = None
+    hidden_size: int | None = Field(default=None, ge=1)
 
     @field_validator("format")
     @classmethod
@@ -74,10 +99,17 @@ class LenvmConfig(BaseModel):
 
     @model_validator(mode="after")
     def _heads_and_bins(self) -> LenvmConfig:
-        if "value" not in self.heads or len(set(self.heads)) != len(self.heads):
-            raise ValueError(f"heads must be ['value'] or ['value', 'length'], got {list(self.heads)}")
-        if ("length" in self.heads) != bool(self.bins):
+        if self.attached and self.heads != ("lookahead",):
+            raise ValueError(f"heads of an attached length value model must be ['lookahead'], got {list(self.heads)}")
+        if not self.attached and self.heads not in HEAD_SETS:
+            allowed = " or ".join(str(list(heads)) for heads in HEAD_SETS)
+            raise ValueError(f"heads must be {allowed}, got {list(self.heads)}")
+        if (self.heads != ("value",)) != bool(self.bins):
             raise ValueError("bins and the length head go together: give both or neither")
+        if self.has_lookahead_head != (self.lookahead is not None):
+            raise ValueError("the head `lookahead` and its shape `lookahead` go together: give both or neither")
+        if {self.base_hash is not None, self.hidden_size is not None} != {bool(self.attached)}:
+            raise ValueError("base_hash and hidden_size belong to an attached length value model, both of them")
         if self.bins:
             LengthBins(self.bins)
         if self.target is not None and self.target.representation == "return":
@@ -95,6 +127,10 @@ class LenvmConfig(BaseModel):
     @property
     def has_length_head(self) -> bool:
         return "length" in self.heads
+
+    @property
+    def has_lookahead_head(self) -> bool:
+        return "lookahead" in self.heads
 
     @property
     def length_bins(self) -> LengthBins:

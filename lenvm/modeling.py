@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from lenvm.bins import LengthBins
 from lenvm.format import ARCHITECTURE_SUFFIX, LenvmConfig, LenvmFormatError, read_lenvm_config, refuse_ablation
-from lenvm.heads import LengthHead, MLPHead, ValueHead
+from lenvm.heads import LengthHead, LookaheadHead, MLPHead, ValueHead
 
 HEAD_NAMES = ("value_head", "length_head")
 """The heads' submodule names: the prefixes of their keys in a checkpoint."""
@@ -59,6 +59,7 @@ class LengthValueModel(nn.Module):
     lenvm: LenvmConfig
     value_head: ValueHead
     length_head: LengthHead | None
+    lookahead_head: LookaheadHead | None
 
     # The pair below is mixed into real PreTrainedModel classes, whose constructor takes a config.
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -69,6 +70,9 @@ class LengthValueModel(nn.Module):
         hidden_size = config.get_text_config().hidden_size
         self.value_head = ValueHead(hidden_size)
         self.length_head = LengthHead(hidden_size, len(self.lenvm.bins)) if self.lenvm.has_length_head else None
+        self.lookahead_head = None
+        if self.lenvm.lookahead is not None:
+            self.lookahead_head = lookahead_head(self.lenvm, hidden_size, config.get_text_config().vocab_size)
         model.post_init()
 
     @classmethod
@@ -92,7 +96,12 @@ class LengthValueModel(nn.Module):
                 pretrained_model_name_or_path, trust_remote_code=kwargs.get("trust_remote_code", False)
             )
         where = str(pretrained_model_name_or_path)
-        refuse_ablation(LenvmConfig.parse(getattr(config, "lenvm", None), where), where)
+        lenvm = refuse_ablation(LenvmConfig.parse(getattr(config, "lenvm", None), where), where)
+        if lenvm.attached:
+            raise LenvmFormatError(
+                f"{where} is a head without a backbone, attached to the base model {lenvm.base_model!r}; load it with "
+                "lenvm.attached.AttachedHead.from_pretrained(DIR, BASE)."
+            )
         concrete = value_class(backbone_class(config))
         named = config.architectures or []
         if concrete.__name__ not in named:
@@ -133,8 +142,7 @@ class LengthValueModel(nn.Module):
             use_cache: return the backbone's cache.
             **kwargs: passed to the backbone (position_ids, past_key_values, pixel_values, ...).
         """
-        backbone = getattr(self, cast(Any, self).base_model_prefix)
-        out = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **kwargs)
+        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **kwargs)
         hidden = out.last_hidden_state
         return LengthValueOutput(
             z=self.value_head(hidden),
@@ -142,6 +150,29 @@ class LengthValueModel(nn.Module):
             past_key_values=out.get("past_key_values"),
             hidden_states=out.get("hidden_states"),
         )
+
+    def lookahead(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Length distribution after each of K tokens, from the state before them (`LookaheadHead`).
+
+        Args:
+            hidden: [..., H] states of this model's backbone (`backbone(...).last_hidden_state`).
+            tokens: [..., K] int64 next tokens.
+
+        Returns:
+            [..., K, B] float32 log-probabilities.
+
+        Raises:
+            LenvmFormatError: the checkpoint has no lookahead head.
+        """
+        if self.lookahead_head is None:
+            raise LenvmFormatError("this checkpoint has no lookahead head; add one with `lenvm distill`.")
+        source = cast(Any, self).get_input_embeddings().weight
+        return torch.log_softmax(self.lookahead_head(hidden, tokens, source), dim=-1)
+
+    @property
+    def backbone(self) -> Any:
+        """The backbone, whose `last_hidden_state` the heads read."""
+        return getattr(self, cast(Any, self).base_model_prefix)
 
     def predicted_length(self, output: LengthValueOutput) -> Tensor:
         """Predicted remaining length in tokens at each position, [batch, T] float32: E[n] of the length distribution,
@@ -160,12 +191,22 @@ class LengthValueModel(nn.Module):
         if isinstance(module, MLPHead):
             text_config = cast(Any, self).config.get_text_config()
             module.reset_parameters(getattr(text_config, "initializer_range", 0.02))
+        elif isinstance(module, LookaheadHead):
+            module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
     def get_output_embeddings(self) -> None:
         """There is no lm_head: nothing to tie, resize or quantise."""
         return None
+
+
+def lookahead_head(lenvm: LenvmConfig, hidden_size: int, vocabulary: int) -> LookaheadHead:
+    """A lookahead head of a block's shape, without its weights."""
+    shape = lenvm.lookahead
+    assert shape is not None, "the block has a lookahead head"
+    tokens = vocabulary if shape.embedding == "table" else None
+    return LookaheadHead(hidden_size, shape.rank, len(lenvm.bins), tokens)
 
 
 def prepare_config(config: PretrainedConfig, lenvm: LenvmConfig) -> PretrainedConfig:

@@ -174,6 +174,11 @@ def load_model(
             )
         lenvm = stored[0]
         agree(lenvm, stored[1], finetuning_args)
+    if is_trainable and lenvm.has_lookahead_head:
+        raise ValueError(
+            f"{model_args.model_name_or_path} has a lookahead head, which training would leave behind the rest; go on "
+            "from the checkpoint without it and run `lenvm distill` afterwards."
+        )
     names = head_names(lenvm)
     if finetuning_args.finetuning_type == "lora":  # the heads are trained in full beside the adapter
         finetuning_args.additional_target = sorted({*(finetuning_args.additional_target or []), *names})

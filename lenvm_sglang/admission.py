@@ -147,7 +147,7 @@ def state_of(req: Any) -> RequestState | None:
     return getattr(req, "lenvm_state", None)
 
 
-def admit(req: Any, served: bool, default_stop_token_ids: frozenset[int]) -> None:
+def admit(req: Any, served: bool, default_stop_token_ids: frozenset[int], own_prefixes: bool = True) -> None:
     """Give a new host request its state and its radix namespace, if it carries length fields.
 
     The front end has checked the fields; if something is wrong all the same, the request is aborted with its sentence.
@@ -156,6 +156,7 @@ def admit(req: Any, served: bool, default_stop_token_ids: frozenset[int]) -> Non
         req: the host's request.
         served: whether this scheduler has a value worker.
         default_stop_token_ids: stop tokens that every request has.
+        own_prefixes: whether it reuses cached prefixes of such requests only (`NAMESPACE`).
     """
     params = req.sampling_params
     custom = params.custom_params
@@ -186,7 +187,8 @@ def admit(req: Any, served: bool, default_stop_token_ids: frozenset[int]) -> Non
         behind = enumerate(req.origin_input_ids[begin + 1 :], start=begin + 1)
         req.lenvm_state.sequence_from = begin
         req.lenvm_state.sequence_stops = frozenset(position for position, token in behind if token in stops)
-    req.extra_key = NAMESPACE if req.extra_key is None else f"{NAMESPACE}/{req.extra_key}"
+    if own_prefixes:
+        req.extra_key = NAMESPACE if req.extra_key is None else f"{NAMESPACE}/{req.extra_key}"
 
 
 def reusable_prefix(req: Any, limit: int) -> int:

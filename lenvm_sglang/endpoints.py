@@ -131,6 +131,9 @@ def mount(host: Host, info: dict[str, Any] | None) -> None:
 
     async def lenvm_values(request: Request) -> JSONResponse:
         """Value, predicted remaining length and quantiles at every token of given completions."""
+        if info["heads"] == ["lookahead"]:
+            return refuse("/lenvm/values needs a length value model with a backbone; this server's is attached to the "
+                          "base model. Ask for return_length_values in a request.")  # fmt: skip
         return await answer(lambda body: _values(host, body, request), await request.body())
 
     async def lenvm_page() -> HTMLResponse:

@@ -12,10 +12,11 @@ from torch import Tensor
 from lenvm.format import ARCHITECTURE_SUFFIX, LenvmConfig
 from lenvm.guidance import Scores
 from lenvm.heads import LengthHead, ValueHead
+from lenvm.modeling import lookahead_head
 from lenvm_kernels import value_head
 from lenvm_sglang.settings import StartError
 
-_HEADS = ("value_head", "length_head")
+_HEADS = ("value_head", "length_head", "lookahead_head")
 
 
 def length_value_class(causal: type) -> type:
@@ -37,6 +38,8 @@ def length_value_class(causal: type) -> type:
             hidden_size = config.hidden_size
             self.value_head = ValueHead(hidden_size).float()
             self.length_head = LengthHead(hidden_size, len(lenvm.bins)).float() if lenvm.has_length_head else None
+            if lenvm.lookahead is not None:
+                self.lookahead_head = lookahead_head(lenvm, hidden_size, config.vocab_size).float()
 
         @torch.no_grad()
         def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
@@ -21,10 +21,14 @@ from lenvm.definitions import length_from_logit
 from lenvm.format import LenvmConfig
 from lenvm.guidance import Control, Scores, predicted_lengths
 from lenvm.lognormal import lognormal_log_q
+from lenvm.lookahead import prompt_distribution, prompt_summary
 from lenvm_kernels import build_candidates, tilt_sample
 from lenvm_sglang.metrics import FallbackOutput, StepMetrics
 from lenvm_sglang.outputs import QUANTILES, LengthOutput, SequenceOutput
 from lenvm_sglang.worker import LengthRows, Place, Read, ValueWorker
+
+if TYPE_CHECKING:
+    from lenvm_sglang.lookahead import AttachedWorker
 
 _STATES_AT_ONCE = 256
 BY_VALUE = frozenset({Control.HARD, Control.SOFT, Control.BIAS})
@@ -67,7 +71,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
     client bytes and does not need `--enable-custom-logit-processor`.
     """
 
-    def __init__(self, worker: ValueWorker, metrics: StepMetrics | None = None) -> None:
+    def __init__(self, worker: ValueWorker | AttachedWorker, metrics: StepMetrics | None = None) -> None:
         self.worker = worker
         self.metrics = metrics
 
@@ -82,22 +86,26 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         """
         raise RuntimeError("LengthValueLogitProcessor needs the forward batch; the plug-in calls steer().")
 
-    def follow(self, batch: Any, rows: LengthRows) -> list[LengthOutput | SequenceOutput]:
+    def follow(self, batch: Any, rows: LengthRows, output: Any) -> list[LengthOutput | SequenceOutput]:
         """After each forward of the base model: value KV of what it read, predictions at the prompt boundary, and
         every state of a sequence that is only read."""
         with self._timed("read"):
-            return self._follow(batch, rows)
+            return self._follow(batch, rows, output)
 
-    def _follow(self, batch: Any, rows: LengthRows) -> list[LengthOutput | SequenceOutput]:
-        read = self.worker.follow(batch, rows)
+    def _follow(self, batch: Any, rows: LengthRows, output: Any) -> list[LengthOutput | SequenceOutput]:
+        read = self.worker.follow(batch, rows, output)
         if read is None:
             return []
         ends = list(accumulate(read.lengths))
         outputs: list[LengthOutput | SequenceOutput] = []
         wanted = [i for i, state in enumerate(rows.states) if rows.draws[i] and state.predicted_length is None]
         if wanted:
-            lengths = prompt_lengths(self.worker.scores(read, [ends[i] - 1 for i in wanted]), self.worker.lenvm)
             index, states = [rows.index[i] for i in wanted], [rows.states[i] for i in wanted]
+            if self.worker.ahead is None:
+                lengths = prompt_lengths(self.worker.scores(read, [ends[i] - 1 for i in wanted]), self.worker.lenvm)
+            else:
+                chosen = LengthRows(index, states, [True] * len(index))
+                lengths = self._prompt_ahead(batch, chosen, output.next_token_logits)
             outputs.append(LengthOutput(index, states, lengths, at_prompt=True))
         for i, state in enumerate(rows.states):
             if state.sequence_from is None:
@@ -110,6 +118,20 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
                 columns = self._columns(read, tokens)
                 outputs.append(SequenceOutput(state, begin - state.sequence_from, after_stop, columns))
         return outputs
+
+    def _prompt_ahead(self, batch: Any, rows: LengthRows, logits: Tensor) -> Tensor:
+        """`prompt_lengths` from one state before the first token: sum_x p(x) q(n - 1 | s_0 + x) over the candidates
+        that the requests' own sampling settings leave of the base's logits."""
+        worker = self.worker
+        assert worker.ahead is not None
+        place = worker.places.find(batch, rows)
+        parameters = place.parameters
+        candidates = build_candidates(
+            place.take(logits), parameters.sampling, parameters.stop_token_ids, worker.width, None, place.reach
+        )
+        after = worker.ahead.log_q(place.slots, candidates.token_ids)
+        pmf = prompt_distribution(candidates, after, worker.lenvm.length_bins)
+        return prompt_summary(pmf, QUANTILES)
 
     def _columns(self, read: Read, tokens: range) -> Tensor:
         """`SEQUENCE_COLUMNS` of the states after `tokens`, [len(tokens), 5]; in pieces, because quantiles take a row
@@ -144,7 +166,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
 
     def _steer(self, step: SamplingStep, rows: LengthRows) -> None:
         worker, batch = self.worker, step.batch
-        place = worker.place(batch, rows)
+        place = worker.places.find(batch, rows)
         parameters = place.parameters
         lengths = place.take(batch.seq_lens)
         guidance = parameters.at(lengths)
@@ -197,7 +219,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         if step.watched is None:
             return
         worker, batch, rows = self.worker, step.batch, step.watched
-        place = worker.place(batch, rows)
+        place = worker.places.find(batch, rows)
         token = place.take(token_ids).long()[:, None]
         candidates = Candidates(
             token_ids=token,

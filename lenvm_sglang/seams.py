@@ -100,6 +100,9 @@ def check_start(server_args: Any, ours: Settings) -> None:
     from lenvm_sglang.model import check_architecture
     from lenvm_sglang.worker import architecture_of
 
+    attached = settings.is_attached(ours)
+    if attached:
+        settings.keep_states(server_args)
     server_args.resolve_once()
     resolved = resolving_view(server_args)
     settings.refuse_settings(resolved)
@@ -108,7 +111,11 @@ def check_start(server_args: Any, ours: Settings) -> None:
     base = ModelConfig.from_server_args(server_args)
     if base.is_multimodal:
         raise StartError("--lenvm-model does not serve multimodal base models yet; serve a text model.")
-    settings.check_checkpoint(ours, resolved.tokenizer_path or resolved.model_path, base.context_len)
+    tokenizer = resolved.tokenizer_path or resolved.model_path
+    if attached:
+        settings.check_attached(ours, tokenizer, resolved.model_path)
+        return
+    settings.check_checkpoint(ours, tokenizer, base.context_len)
     check_architecture(architecture_of(ours.model))
 
 
@@ -223,9 +230,9 @@ def load_value_model(result: None, self: Any) -> None:
     """AFTER Scheduler.maybe_init_draft_worker: the value model, before the base's KV pool is sized."""
     process.settings = settings.settings_of(self.server_args)
     if process.settings is not None:
-        from lenvm_sglang.worker import ValueWorker
+        from lenvm_sglang.lookahead import make_worker
 
-        process.worker = ValueWorker(self, process.settings)
+        process.worker = make_worker(self, process.settings)
 
 
 def add_cell_size(result: int, self: Any, kvc: Any, num_layers: int) -> int | None:
@@ -298,7 +305,8 @@ def create_request(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     if self.tokenizer is not None:
         stops.add(self.tokenizer.eos_token_id)
         stops |= set(getattr(self.tokenizer, "additional_stop_token_ids", None) or ())
-    admission.admit(result, process.served, frozenset(t for t in stops if t is not None))
+    own_prefixes = process.worker is None or process.worker.own_prefixes
+    admission.admit(result, process.served, frozenset(t for t in stops if t is not None), own_prefixes)
 
 
 def max_prefix_len(result: int, self: Any, *args: Any, **kwargs: Any) -> int:
@@ -332,7 +340,7 @@ def model_forward(result: Any, self: Any, forward_batch: Any, *args: Any, **kwar
     rows = getattr(forward_batch, "lenvm_rows", None)
     processor = getattr(self, "lenvm_processor", None)
     if rows is not None and processor is not None:
-        forward_batch.lenvm_read = processor.follow(forward_batch, rows)
+        forward_batch.lenvm_read = processor.follow(forward_batch, rows, result.logits_output)
 
 
 def model_sample(original: Callable[..., Any], self: Any, logits_output: Any, forward_batch: Any) -> Any:

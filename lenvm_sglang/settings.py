@@ -172,6 +172,62 @@ def check_checkpoint(settings: Settings, base_path: str, context_length: int) ->
     return lenvm
 
 
+def is_attached(settings: Settings) -> bool:
+    """Whether the checkpoint is a head on the base model's own state; False where it cannot be read at all."""
+    from lenvm.format import LenvmFormatError
+
+    try:
+        return bool(read_lenvm_config(settings.model).attached)
+    except LenvmFormatError:  # `check_checkpoint` says what is wrong
+        return False
+
+
+def keep_states(server_args: Any) -> None:
+    """Ask the host for the hidden state of each last token, before its settings are resolved: CUDA graphs are then
+    captured with it."""
+    if server_args.return_hidden_states_mode is None and not server_args.enable_return_hidden_states:
+        server_args.return_hidden_states_mode = "last"
+
+
+def check_attached(settings: Settings, tokenizer: str, model: str) -> None:
+    """Compare an attached head with the base model.
+
+    Args:
+        tokenizer, model: directories or hub names of the base's.
+
+    Raises:
+        StartError: another base model or tokenizer, or a damaged checkpoint.
+    """
+    from lenvm.attached import AttachedHead
+    from lenvm.format import LenvmFormatError
+
+    try:
+        AttachedHead.from_pretrained(settings.model, local_directory(model))
+    except LenvmFormatError as error:
+        raise StartError(str(error)) from None
+    compare_tokenizers(settings.model, tokenizer)
+
+
+def local_directory(model: str) -> str:
+    """Where the weights of a model lie: a directory, or the hub's local cache.
+
+    Raises:
+        StartError: they are not on this machine.
+    """
+    if Path(model).is_dir():
+        return model
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(model, local_files_only=True))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+        raise StartError(
+            f"an attached length value model is checked against the base model's files, and {model!r} is not on this "
+            f"machine yet; download it first (`hf download {model}`)."
+        ) from None
+
+
 def compare_tokenizers(lenvm_path: str, base_path: str) -> None:
     """Refuse a LenVM whose token ids mean something else than the base model's.
 

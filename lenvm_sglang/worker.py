@@ -16,7 +16,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from lenvm_sglang.attention import SharedPrefixBackend
 from lenvm_sglang.model import register_architecture
 from lenvm_sglang.settings import Settings, StartError
 from lenvm_sglang.state import RequestState, RowTable, to_device
+
+if TYPE_CHECKING:
+    from lenvm_sglang.lookahead import LastStates
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +77,16 @@ class Place:
         whole: they are the whole batch, in its order.
         index: [R] int64 positions in the batch.
         slots: [R] int64 rows of the host's request pool.
-        scratch: [R, K] int64 KV slots of their candidates.
+        scratch: [R, K] int64 KV slots of their candidates; [R, 0] where candidates are not fed.
         present: the controls among them.
         strict: one of them has `length_strict`.
         reach: how many of the most probable tokens have to be ordered for them.
         reported: those that report the length after each token; None for none of them.
     """
 
-    def __init__(self, batch: Any, rows: LengthRows, table: RowTable, scratch: Tensor, vocabulary: int) -> None:
+    def __init__(
+        self, batch: Any, rows: LengthRows, table: RowTable, scratch: Tensor, width: int, vocabulary: int
+    ) -> None:
         device = batch.seq_lens.device
         self.states = rows.states
         self.whole = len(rows.index) == batch.batch_size
@@ -92,7 +97,7 @@ class Place:
         self.present = frozenset(s.request.control_code for s in rows.states)
         self.strict = any(s.request.strict for s in rows.states)
         # the states are on the host: with no top-k on, ordering K tokens is enough
-        self.reach = max([scratch.shape[1], *(s.top_k for s in rows.states if s.top_k < vocabulary)])
+        self.reach = max([width, *(s.top_k for s in rows.states if s.top_k < vocabulary)])
         wanted = [i for i, s in enumerate(rows.states) if s.request.return_values]
         self.reported: Reported | None = None
         if wanted:
@@ -102,6 +107,38 @@ class Place:
     def take(self, batch_rows: Tensor) -> Tensor:
         """These rows of a tensor whose first dimension is the batch."""
         return batch_rows if self.whole else batch_rows[self.index]
+
+
+class Places:
+    """The places of recent batches, because a batch of the same rows keeps its place from step to step.
+
+    Args:
+        table: parameters of the running requests.
+        scratch: [request rows, K] int64 KV slots of candidates, [request rows, 0] where candidates are not fed.
+        width: K.
+        vocabulary: of the base model.
+    """
+
+    def __init__(self, table: RowTable, scratch: Tensor, width: int, vocabulary: int) -> None:
+        self.table, self.scratch, self.width, self.vocabulary = table, scratch, width, vocabulary
+        self._known: dict[tuple[object, ...], Place] = {}
+
+    def find(self, batch: Any, rows: LengthRows) -> Place:
+        """Where `rows` stand; from the last step, if nothing has changed since."""
+        key = (batch.batch_size, *rows.index, *map(id, rows.states))
+        place = self._known.get(key)
+        # a place keeps its states alive, so an id is not given to another object meanwhile
+        if place is None:
+            place = Place(batch, rows, self.table, self.scratch, self.width, self.vocabulary)
+            while len(self._known) >= _PLACES:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = place
+        return place
+
+    def write(self, slots: Tensor, states: Sequence[RequestState]) -> None:
+        """New requests in the rows `slots` [R] int64: their parameters, and nothing known of where they stand."""
+        self.table.write(slots, states)
+        self._known.clear()
 
 
 class Reported(NamedTuple):
@@ -133,7 +170,15 @@ class Read(NamedTuple):
 
 
 class ValueWorker:
-    """Owns the value model in one scheduler process."""
+    """Owns the value model in one scheduler process.
+
+    Attributes:
+        own_prefixes: cached prefixes of requests with length fields are kept apart, because they have value KV.
+        ahead: where the checkpoint has a lookahead head (`lenvm_sglang.lookahead`), what scores from one state.
+    """
+
+    own_prefixes = True
+    ahead: LastStates | None = None
 
     def __init__(self, scheduler: Any, settings: Settings) -> None:
         from sglang.srt.configs.model_config import ModelConfig
@@ -160,24 +205,14 @@ class ValueWorker:
             is_draft_worker=True,
         )
         self.vocabulary = self.base.model_config.vocab_size
-        self.width = min(settings.max_candidates, self.vocabulary)
-        self._places: dict[tuple[object, ...], Place] = {}
+        self.width = self.scratch_width = min(settings.max_candidates, self.vocabulary)
         self.prefill_tokens = 0
         self.scored_rows = 0
         logger.info("lenvm: %s loaded from %s", type(self.runner.model).__name__, settings.model)
 
     def info(self) -> dict[str, Any]:
         """What `GET /lenvm/info` says of the value model."""
-        return {
-            "model": self.settings.model,
-            "architecture": architecture_of(self.settings.model),
-            "max_candidates": self.width,
-            "gamma": self.lenvm.gamma,
-            "heads": list(self.lenvm.heads),
-            "bins": list(self.lenvm.bins),
-            "base_model": self.lenvm.base_model,
-            "format": self.lenvm.format,
-        }
+        return describe(self.settings, architecture_of(self.settings.model), self.width, self.lenvm)
 
     # ----- memory ---------------------------------------------------------------------------------------------------
 
@@ -192,7 +227,7 @@ class ValueWorker:
 
     def scratch_bytes(self, max_requests: int | None) -> int:
         """Value KV of the candidates, for the host's KV budget."""
-        return (max_requests or MOST_REQUESTS) * self.width * self.bytes_per_token()
+        return (max_requests or MOST_REQUESTS) * self.scratch_width * self.bytes_per_token()
 
     def allocate(self) -> None:
         """Make the value KV pool and the parameter table, once the base's pools exist.
@@ -214,7 +249,7 @@ class ValueWorker:
         self.request_rows = base.req_to_token_pool.req_to_token.shape[0]
         config = runner.model_config
         self.pool = MHATokenToKVPool(
-            slots + self.request_rows * self.width,
+            slots + self.request_rows * self.scratch_width,
             page_size=1,
             dtype=base.kv_cache_dtype,
             head_num=config.get_num_kv_heads(get_parallel().attn_tp_size),
@@ -225,15 +260,15 @@ class ValueWorker:
             enable_kv_cache_copy=base.device != "cpu",  # one launch for all layers
         )
         device = base.req_to_token_pool.req_to_token.device
-        self.table = RowTable(self.request_rows, device)
-        scratch = torch.arange(slots, slots + self.request_rows * self.width, device=device)
-        self.scratch = scratch.view(self.request_rows, self.width)
+        scratch = torch.arange(slots, slots + self.request_rows * self.scratch_width, device=device)
+        scratch = scratch.view(self.request_rows, self.scratch_width)
+        self.places = Places(RowTable(self.request_rows, device), scratch, self.width, self.vocabulary)
         self.chosen = torch.zeros(self.request_rows, dtype=torch.int64, device=device)
         self.waits_for_nobody = device.type == "cpu"
         logger.info(
             "lenvm: value KV pool of %d slots (%d of them scratch), %.1f MB",
             self.pool.size,
-            self.request_rows * self.width,
+            self.request_rows * self.scratch_width,
             self.pool.size * self.bytes_per_token() / 2**20,
         )
 
@@ -249,6 +284,10 @@ class ValueWorker:
         runner.init_attention_backends()
         self.sequences, self.sequence_slots = runner.attn_backend, runner.kv_index_translator
         self.virtual: Tensor | None = None
+        self._build_candidate_backend()
+
+    def _build_candidate_backend(self) -> None:
+        base, runner = self.base, self.runner
         if runner.decode_attention_backend_str == "torch_native" and plain_attention(runner.model):
             self.candidates: Any = SharedPrefixBackend(self.pool, base.req_to_token_pool, runner.model_config.dtype)
         else:
@@ -269,41 +308,29 @@ class ValueWorker:
 
     # ----- forwards -------------------------------------------------------------------------------------------------
 
-    def follow(self, batch: Any, rows: LengthRows) -> Read | None:
+    def follow(self, batch: Any, rows: LengthRows, output: Any) -> Read | None:
         """Give the tokens that the base model just read their value KV.
 
         Args:
             batch: the host's forward batch, after its forward.
             rows: its rows with length fields.
+            output: the host's logits output.
 
         Returns:
             What a prefill read; None for a decode step.
         """
         if batch.forward_mode.is_decode():
-            place = self.place(batch, rows)
+            place = self.places.find(batch, rows)
             self._keep(self.chosen[place.slots], place.take(batch.out_cache_loc).long())
             return None
         index = to_device(rows.index, torch.int64, batch.seq_lens.device)
-        self.table.write(batch.req_pool_indices[index].long(), rows.states)
-        self._places.clear()
+        self.places.write(batch.req_pool_indices[index].long(), rows.states)
         part = select_rows(batch, rows.index, index)
         self.sequence_slots.bind_runner_slots(part)
         self.prefill_tokens += part.extend_num_tokens
         self.sequences.init_forward_metadata(part)
         hidden = self._forward(part, self.sequences)
         return Read(hidden, list(part.extend_prefix_lens_cpu), list(part.extend_seq_lens_cpu))
-
-    def place(self, batch: Any, rows: LengthRows) -> Place:
-        """Where `rows` stand; from the last step, if nothing has changed since."""
-        key = (batch.batch_size, *rows.index, *map(id, rows.states))
-        place = self._places.get(key)
-        # a place keeps its states alive, so an id is not given to another object meanwhile
-        if place is None:
-            place = Place(batch, rows, self.table, self.scratch, self.vocabulary)
-            while len(self._places) >= _PLACES:
-                self._places.pop(next(iter(self._places)))
-            self._places[key] = place
-        return place
 
     def _keep(self, source: Tensor, target: Tensor) -> None:
         """Copy the value KV of slots `source` [R] to slots `target` [R], in every layer."""
@@ -415,6 +442,20 @@ class ValueWorker:
 
         with forward_context(ForwardContext(attn_backend=backend)):
             return self.runner.model.forward(batch.input_ids, batch.positions, batch)
+
+
+def describe(settings: Settings, architecture: str, width: int, lenvm: LenvmConfig) -> dict[str, Any]:
+    """What `GET /lenvm/info` says of a checkpoint."""
+    return {
+        "model": settings.model,
+        "architecture": architecture,
+        "max_candidates": width,
+        "gamma": lenvm.gamma,
+        "heads": list(lenvm.heads),
+        "bins": list(lenvm.bins),
+        "base_model": lenvm.base_model,
+        "format": lenvm.format,
+    }
 
 
 def architecture_of(directory: str) -> str:

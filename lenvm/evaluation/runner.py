@@ -66,7 +66,9 @@ def run_evaluation(
     prediction = None
     if paths.lenvm is not None and len(data.prompts) > 1:
         notify("predicting at the prompt", 0, 1)
-        prediction = prediction_table(data.prompts, predict_at_prompt(paths.lenvm, [p.token_ids for p in data.prompts]))
+        prediction = prediction_table(
+            data.prompts, predict_at_prompt(paths.lenvm, [p.token_ids for p in data.prompts], paths.base, data.sampling)
+        )
         notify("predicting at the prompt", 1, 1)
     notify("computing intervals", 0, 1)
     control, side = control_rows(answers, data.by_id, log_probs)

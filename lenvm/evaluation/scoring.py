@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lenvm.evaluation.errors import EvaluationError
 from lenvm.evaluation.metrics import Floats
+from lenvm.format import read_lenvm_config
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 LOGITS_BYTES = 2**28
 """A batch is cut so that its float32 logits stay below this."""
 TOKENS_A_BATCH = 8192
+CANDIDATES = 16
+"""Candidates of the first token that a lookahead head's prediction sums over: the server's default."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,21 @@ def base_log_probs(
     return rows
 
 
-def predict_at_prompt(lenvm_dir: Path, prompts: Sequence[Sequence[int]]) -> PromptPrediction:
+def predict_at_prompt(
+    lenvm_dir: Path, prompts: Sequence[Sequence[int]], base_dir: Path, sampling: Mapping[str, Any]
+) -> PromptPrediction:
     """Predicted L before the first token, from the value and, where there is one, the length distribution.
+
+    A lookahead head predicts as a server does with it: sum_x p(x) q(n - 1 | s_0 + x) over the base's candidates.
 
     Args:
         lenvm_dir: directory of the length value model.
         prompts: token ids of each prompt, chat template included.
+        base_dir: directory of the base model; read where there is a lookahead head.
+        sampling: how the completions were drawn (temperature, top_p, top_k, min_p), for the same.
     """
+    if read_lenvm_config(lenvm_dir).has_lookahead_head:
+        return _predict_ahead(lenvm_dir, prompts, base_dir, sampling)
     import torch
 
     from lenvm.definitions import length_from_logit
@@ -122,15 +133,62 @@ def predict_at_prompt(lenvm_dir: Path, prompts: Sequence[Sequence[int]]) -> Prom
             if has_length:
                 log_q = out.length_logits[at, last].log_softmax(-1)
                 pmf = model.bins.pmf(log_q).double()  # [rows, longest + 1]
-                discount = torch.arange(pmf.shape[1], device=device, dtype=torch.float64) * math.log(model.lenvm.gamma)
-                log_mean = torch.logsumexp(pmf.log() + discount, -1)
-                consistent[batch] = (log_mean / math.log(model.lenvm.gamma)).cpu().numpy()
+                consistent[batch] = _return_consistent(pmf, model.lenvm.gamma)
                 expected[batch] = model.bins.expected(log_q).double().cpu().numpy()
                 p50[batch] = model.bins.quantile(log_q, 0.5).double().cpu().numpy()
                 p90[batch] = model.bins.quantile(log_q, 0.9).double().cpu().numpy()
     if not has_length:
         return PromptPrediction(value, None, None, None, None, model.lenvm.gamma)
     return PromptPrediction(value, consistent, expected, p50, p90, model.lenvm.gamma)
+
+
+def _return_consistent(pmf: torch.Tensor, gamma: float) -> Floats:
+    """ln E[gamma^n] / ln gamma of P(n) [rows, N], float64 (Eq. 13 and 14)."""
+    import torch
+
+    discount = torch.arange(pmf.shape[1], device=pmf.device, dtype=torch.float64) * math.log(gamma)
+    return (torch.logsumexp(pmf.log() + discount, -1) / math.log(gamma)).cpu().numpy()
+
+
+def _predict_ahead(
+    lenvm_dir: Path, prompts: Sequence[Sequence[int]], base_dir: Path, sampling: Mapping[str, Any]
+) -> PromptPrediction:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lenvm.attached import AttachedHead
+    from lenvm.candidates import build_candidates
+    from lenvm.distillation.run import stop_tokens
+    from lenvm.distillation.states import SampledWith, base_states
+    from lenvm.lookahead import prompt_distribution, prompt_summary
+    from lenvm.modeling import LengthValueModel
+
+    _quiet()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lenvm = read_lenvm_config(lenvm_dir)
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).to(device).eval()
+    if lenvm.attached:
+        model: Any = AttachedHead.from_pretrained(lenvm_dir, base_dir).to(device)
+    else:
+        model = LengthValueModel.from_pretrained(lenvm_dir, dtype=torch.float32).to(device).eval()
+    stops = torch.tensor([stop_tokens(base, AutoTokenizer.from_pretrained(base_dir))], device=device)
+    how = SampledWith.of(sampling)
+    consistent, expected, p50, p90 = (np.full(len(prompts), math.nan) for _ in range(4))
+    with torch.inference_mode():
+        for batch in _buckets([len(p) for p in prompts], TOKENS_A_BATCH):
+            ids, mask = _padded([list(prompts[i]) for i in batch], device)
+            at, last = torch.arange(len(batch), device=device), mask.sum(-1) - 1
+            hidden, logits = base_states(base, ids, mask)
+            if not lenvm.attached:
+                hidden = model.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+            rows = how.rows(len(batch), logits.shape[-1], ids.device)
+            found = build_candidates(logits[at, last], rows, stops.expand(len(batch), -1), CANDIDATES)
+            log_q = model.lookahead(hidden[at, last], found.token_ids)
+            pmf = prompt_distribution(found, log_q, lenvm.length_bins)
+            consistent[batch] = _return_consistent(pmf.double(), lenvm.gamma)
+            summary = prompt_summary(pmf, (0.5, 0.9)).double().cpu().numpy()
+            expected[batch], p50[batch], p90[batch] = summary.T
+    return PromptPrediction(consistent, consistent, expected, p50, p90, lenvm.gamma)
 
 
 def _quiet() -> None:

@@ -48,6 +48,8 @@ def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> li
         "Qwen/Qwen2.5-7B-Instruct": str(demo.base),
         "runs/demo/lenvm": str(demo.lenvm),
         "NAME": "default",
+        "runs/demo/base": str(demo.base),
+        "runs/demo/samples/train.jsonl": str(demo.folder / "samples" / "train.jsonl"),
         "train.jsonl": str(demo.folder / "samples" / "train.jsonl"),
         "lenvm-1.5b": str(folder / "converted"),
         "PUBLISHED": str(folder / "published"),
@@ -65,6 +67,8 @@ def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> li
         run(sys.executable, "-m", "lenvm", "convert", str(demo.lenvm), places["PUBLISHED"], "--to", "published")
     if "sample" in out and "--tokenizer" not in out:
         out += ["--tokenizer", str(demo.base)]
+    if "distill" in out:
+        out += ["--epochs", "0.2", "--rank", "16"]
     return [*out, "--limit", "3"] if "sample" in out else out
 
 

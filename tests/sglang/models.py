@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
+from lenvm.attached import base_hash, save_attached
 from lenvm.bins import LengthBins
-from lenvm.format import LenvmConfig
+from lenvm.format import LenvmConfig, LookaheadShape
+from lenvm.heads import LookaheadHead
 from lenvm.modeling import LengthValueModel, backbone_class
 
 VOCABULARY = 320
@@ -75,6 +77,35 @@ def make_pair(directory: Path, base: type[PretrainedConfig], value: type[Pretrai
     lenvm.save_pretrained(directory / "lenvm")
     for part in ("base", "lenvm"):
         words.save_pretrained(directory / part)
+    return directory
+
+
+def make_attached(directory: Path, base: Path, embedding: str = "projection") -> Path:
+    """A head with random weights, attached to a base model."""
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(base)
+    bins = LengthBins.for_max_length(64).centres
+    tokens = VOCABULARY if embedding == "table" else None
+    head = LookaheadHead(config.hidden_size, 24, len(bins), tokens, source_size=config.hidden_size)
+    head.reset_parameters()
+    torch.nn.init.normal_(head.w2, std=0.6)
+    shape = LookaheadShape(rank=24, embedding=embedding, source=None if tokens else "model.embed_tokens.weight")
+    lenvm = LenvmConfig(gamma=0.97, heads=("lookahead",), bins=bins, lookahead=shape, attached=True,
+                        base_hash=base_hash(base), hidden_size=config.hidden_size, base_model="tiny")  # fmt: skip
+    save_attached(directory, lenvm, head, base)
+    return directory
+
+
+def make_lookahead(directory: Path, lenvm_directory: Path) -> Path:
+    """A LenVM with one more head, of random weights."""
+    torch.manual_seed(2)
+    before = LengthValueModel.from_pretrained(lenvm_directory)
+    block = {**before.lenvm.to_json(), "heads": ("value", "length", "lookahead"), "lookahead": {"rank": 24}}
+    model = LengthValueModel.from_backbone(before.config, LenvmConfig.parse(block, "here"))
+    model.load_state_dict(before.state_dict(), strict=False)
+    torch.nn.init.normal_(model.lookahead_head.w2, std=0.6)
+    model.save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
     return directory
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from lenvm.attached import AttachedHead
 from lenvm.modeling import LengthValueModel
 
 
@@ -20,12 +21,15 @@ class Reference:
 
     def __init__(self, pair: Path, candidates: int = 16) -> None:
         self.base = AutoModelForCausalLM.from_pretrained(pair / "base", dtype=torch.float32).eval()
-        self.value = LengthValueModel.from_pretrained(pair / "lenvm", dtype=torch.float32).eval()
         self.stop = self.base.config.eos_token_id
         self.candidates = candidates
+        self._load(pair)
         self.gamma = self.value.lenvm.gamma
-        self.centres = self.value.lenvm.bins
+        self.centres = self.value.lenvm.length_bins.centres
         self.decode = torch.tensor(self._decode_table(), dtype=torch.float64)
+
+    def _load(self, pair: Path) -> None:
+        self.value = LengthValueModel.from_pretrained(pair / "lenvm", dtype=torch.float32).eval()
 
     def _decode_table(self) -> list[list[float]]:
         """P(n | bin), n = 0..N: two-hot weights of every n, normalised per bin."""
@@ -150,3 +154,44 @@ class Reference:
             beta = 0.0
         best = tilted(beta)
         return items[best.index(max(best))][0]
+
+
+class LookaheadReference(Reference):
+    """The same rules where a lookahead head scores the candidates, one after the other.
+
+    Args:
+        head: directory of an attached checkpoint, or of a LenVM with a lookahead head.
+    """
+
+    def __init__(self, pair: Path, head: Path, candidates: int = 16) -> None:
+        self.head = head
+        super().__init__(pair, candidates)
+
+    def _load(self, pair: Path) -> None:
+        if (self.head / "config.json").read_text().count('"attached"'):
+            self.value: Any = AttachedHead.from_pretrained(self.head, pair / "base")
+            self.backbone = self.base.model
+        else:
+            self.value = LengthValueModel.from_pretrained(self.head, dtype=torch.float32).eval()
+            self.backbone = self.value.backbone
+
+    @torch.no_grad()
+    def states(self, sequences: list[list[int]]) -> list[tuple[float | None, list[float]]]:
+        """z and P(n) of the states after the last token, from the states before it; z is that of P(n)."""
+        hidden = self.backbone(torch.tensor(sequences)[:, :-1]).last_hidden_state[:, -1]
+        found = []
+        for state, ids in zip(hidden, sequences, strict=True):
+            log_q = self.value.lookahead(state[None], torch.tensor([[ids[-1]]]))[0, 0]
+            pmf = (log_q.double().exp() @ self.decode).tolist()
+            rest = sum(p * self.gamma**n for n, p in enumerate(pmf))
+            found.append((math.log((1 - rest) / rest), pmf))
+        return found
+
+    def predicted(self, prompt: list[int]) -> float:
+        """E[L] before the first token: sum_x p(x) (1 + E[n | x])."""
+        p, tokens = torch.softmax(self.logits(prompt), -1).topk(self.candidates)
+        p = p / p.sum()
+        return sum(
+            q * (1.0 if t == self.stop else 1.0 + self.expected_length([*prompt, t]))
+            for t, q in zip(tokens.tolist(), p.tolist(), strict=True)
+        )

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Which length value model to take: a full one, one with a lookahead head, or a head attached to the base model.
+
+Each is served in turn beside the same base model and asked the same prompts, targets and seeds by `lenvm eval
+control`; then Markdown tables: Length Score, exact hits and base log-probability with 95 % intervals, prediction at the
+prompt, tokens a second guided and unguided in turn on the same server, and what it adds to the base model's memory.
+
+    python benchmarks/lookahead.py runs/demo --attached runs/attached --lookahead runs/lookahead --out runs/compare
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lenvm.evaluation.schema import Estimate, Results
+from lenvm.pipeline.recipe import Server
+from lenvm.pipeline.server import SglangServer
+
+HEADER = ("source", "rule", "Length Score", "exact hits %", "log p / token", "natural stops %", "answers")
+
+
+def evaluate(name: str, lenvm: Path, args: argparse.Namespace) -> tuple[Results, str]:
+    """Serve, ask, score; results and the server's log."""
+    out = args.out / name
+    log = out / "server.log"
+    base, hard = str(args.run / "base"), "hard," if name == "full" else ""
+    if not (out / "results.json").is_file():
+        with SglangServer(base, Server(), log, lenvm=lenvm) as server:
+            subprocess.run(
+                [
+                    *(sys.executable, "-m", "lenvm", "eval", "control", "--server", server.url),
+                    *("--prompts", str(args.run / "prepare" / "prompts_test.jsonl")),
+                    *("--samples", str(args.run / "samples" / "test.jsonl")),
+                    *("--base", base, "--lenvm", str(lenvm), "--out", str(out), "--modes", "equal_to"),
+                    *("--controllers", f"{hard}posterior_a1,posterior,posterior_a4", "--biases", ""),
+                    *("--median-samples", "1", "--concurrency", str(args.concurrency)),
+                    *("--max-prompts", str(args.max_prompts)),
+                ],
+                check=True,
+            )
+    return Results.model_validate_json((out / "results.json").read_text()), log.read_text(errors="replace")
+
+
+def shown(value: Estimate | None, digits: int = 1) -> str:
+    """A figure and its interval."""
+    if value is None:
+        return ""
+    return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+def memory(lenvm: Path, log: str) -> str:
+    """Weights on disk, and what the server says of caches and states."""
+    weights = sum(file.stat().st_size for file in lenvm.glob("*.safetensors")) / 2**20
+    pool = re.search(r"value KV pool of (\d+) slots.*?, ([\d.]+) MB", log)
+    states = re.search(r"states of ([\d.]+) MB, no KV cache", log)
+    rest = (
+        f"KV cache {pool[2]} MB ({pool[1]} slots)" if pool else f"states {states[1]} MB, no KV cache" if states else ""
+    )
+    return f"weights {weights:.2f} MB, {rest}"
+
+
+def main() -> None:
+    """Run what was not run yet and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="finished demo: base, samples, lenvm, prepare")
+    parser.add_argument("--attached", type=Path)
+    parser.add_argument("--lookahead", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--max-prompts", type=int, default=104)
+    args = parser.parse_args()
+    sources = {"full": args.run / "lenvm", "lookahead": args.lookahead, "attached": args.attached}
+    found = {name: (path, *evaluate(name, path, args)) for name, path in sources.items() if path is not None}
+    print("|" + "|".join(HEADER) + "|\n" + "|-" * len(HEADER) + "|")
+    for name, (_, results, _) in found.items():
+        for row in [*results.control, *results.side]:
+            if row.controller == "base" and name != "full":
+                continue
+            cells = (shown(row.length_score), shown(row.kept), shown(row.base_log_prob, 2), shown(row.natural_stops))
+            print("|" + "|".join((name, row.label, *cells, str(row.length_score.n))) + "|")
+    print("\n|source|error of E[L] at the prompt %|bias %|unguided tokens/s|guided|ratio|memory|\n|-|-|-|-|-|-|-|")
+    for name, (path, results, log) in found.items():
+        cells = ["", ""]
+        if results.prediction is not None:
+            best = next(p for p in results.prediction.predictors if p.key == "distribution")
+            cells = [shown(best.error_mean), shown(best.bias_mean)]
+        speed = results.speed
+        if speed is not None:
+            cells += [f"{speed.unguided:.0f}", f"{speed.guided:.0f}", f"{speed.ratio:.2f}"]
+        print("|" + "|".join((name, *cells, memory(path, log))) + "|")
+
+
+if __name__ == "__main__":
+    main()
