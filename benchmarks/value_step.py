@@ -223,8 +223,8 @@ def main(arguments: list[str] | None = None) -> None:
         pair = make_pair(Path(folder), options.base, options.value, max(contexts) + 64, dtype, 512)
         flags = ["--load-format", "dummy", "--lenvm-max-candidates", str(options.candidates)]
         if not torch.cuda.is_available():
-            flags += ["--max-total-tokens", str(max(rows) * (max(contexts) + 64))]
-        engine = InProcess(*pair, flags, most=max(rows))
+            flags += ["--max-total-tokens", str(max(4, *rows) * (max(contexts) + 64))]
+        engine = InProcess(*pair, flags, most=max(4, *rows))
         for batch in rows:
             for context in contexts:
                 for kind in ("posterior",) if options.dry else FIELDS:

@@ -88,7 +88,8 @@ class Place:
         self.index = to_device(rows.index, torch.int64, device)
         self.slots = batch.req_pool_indices[self.index].long()
         self.scratch = scratch[self.slots]
-        self.parameters = table.parameters(self.slots)
+        filtered = any(s.top_k < vocabulary or s.top_p < 1 or s.min_p > 0 for s in rows.states)
+        self.parameters = table.parameters(self.slots, unfiltered=not filtered)
         self.present = frozenset(s.request.control_code for s in rows.states)
         self.strict = any(s.request.strict for s in rows.states)
         # the states are on the host: with no top-k on, ordering K tokens is enough
