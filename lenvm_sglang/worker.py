@@ -73,6 +73,7 @@ class Place:
         states: their request objects.
         whole: they are the whole batch, in its order.
         index: [R] int64 positions in the batch.
+        host_index: the same on the host.
         slots: [R] int64 rows of the host's request pool.
         scratch: [R, K] int64 KV slots of their candidates.
         present: the controls among them.
@@ -85,6 +86,7 @@ class Place:
         device = batch.seq_lens.device
         self.states = rows.states
         self.whole = len(rows.index) == batch.batch_size
+        self.host_index = rows.index
         self.index = to_device(rows.index, torch.int64, device)
         self.slots = batch.req_pool_indices[self.index].long()
         self.scratch = scratch[self.slots]
