@@ -9,7 +9,7 @@ import time
 import uuid
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -59,8 +59,6 @@ class InProcess:
 
         self.scheduler = Scheduler(args, ports)
         self.scheduler.get_init_info()
-        if cpu:
-            self.scheduler.schedule_stream.synchronize = lambda: None
         self.runner = self.scheduler.tp_worker.model_runner
         processor = getattr(self.runner, "lenvm_processor", None)
         self.worker = None if processor is None else processor.worker
@@ -112,8 +110,7 @@ class InProcess:
         def watch(batch: Any) -> None:
             full = batch.forward_mode.is_decode() and len(batch.reqs) == len(requests)
             if full:
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
+                # not waiting for a GPU: the loop itself waits for the tokens of the step before
                 stamps.append(time.perf_counter())
             at_step(batch)
 
@@ -128,13 +125,8 @@ class InProcess:
             return []
 
         self._at_step, scheduler.ingest_requests = watch, ingest
-        try:
-            if scheduler.enable_overlap:
-                scheduler.event_loop_overlap()
-            else:
-                scheduler.event_loop_normal()
-        except _Finished:
-            pass
+        with suppress(_Finished):
+            scheduler.run_event_loop()
         return [b - a for a, b in pairwise(stamps)]
 
     def steps(
@@ -153,7 +145,7 @@ class InProcess:
         return self.run([self.request(p, tokens, fields, **sampling) for p in prompts], at_step)
 
     @contextmanager
-    def replaced(self, owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    def replaced(self, owner: Any, name: str, function: Any) -> Iterator[None]:
         """`owner.name` is `function` meanwhile."""
         had = name in vars(owner)
         original = getattr(owner, name)
@@ -221,7 +213,10 @@ def measure(
 ) -> Step:
     """Decode steps of `rows` requests, unguided and guided in turn, `repeats` times: the machine may be shared."""
     out = Step([], [], [], [])
-    model, worker = engine.runner.model, engine.worker
+    worker = engine.worker
+    graphs = engine.runner.decode_cuda_graph_runner
+    graphed = torch.cuda.is_available() and graphs is not None
+    model, forward = (graphs, "execute") if graphed else (engine.runner.model, "forward")
     for repeat in range(repeats):
         ask = partial(engine.steps, rows, context, tokens, seed=repeat, **sampling)
         # bare forwards in runs of their own: on a GPU timing them means waiting for them
@@ -233,7 +228,7 @@ def measure(
             base.append(0.0), value.append(0.0)
 
         with (
-            engine.replaced(model, "forward", stopwatch(model.forward, base)),
+            engine.replaced(model, forward, stopwatch(getattr(model, forward), base)),
             engine.replaced(worker, "_forward", stopwatch(worker._forward, value)),
             engine.replaced(worker.runner.model, "scores", stopwatch(worker.runner.model.scores, value)),
         ):
@@ -282,6 +277,7 @@ def overhead(
     unguided: list[float] = []
     guided: list[float] = []
     with (
+        engine.replaced(engine.runner, "decode_cuda_graph_runner", None),
         engine.replaced(model, "forward", base_forward),
         engine.replaced(worker, "_forward", forward),
         engine.replaced(value, "scores", scores),

@@ -42,12 +42,14 @@ class SamplingRows:
         top_k: int64; values >= the vocabulary switch it off.
         top_p: float in (0, 1]; 1 switches it off.
         min_p: float in [0, 1]; 0 switches it off.
+        unfiltered: the host knows that no row has a top-k, top-p or min-p; they are not looked at then.
     """
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
+    unfiltered: bool = False
 
 
 def build_candidates(
@@ -102,6 +104,10 @@ def build_candidates(
     order = order.sort(dim=-1).values
     sorted_p, by_p = torch.sort(probabilities.gather(-1, order), dim=-1, descending=True, stable=True)
     order = order.gather(-1, by_p)
+    token_ids = order[:, :width]
+    is_stop = (token_ids[..., None] == stop_token_ids[:, None, :]).any(-1)
+    if sampling.unfiltered:  # a probability of 0 is an empty slot by itself
+        return Candidates(token_ids, torch.log_softmax(sorted_p[:, :width].log(), dim=-1), is_stop)
     rank = torch.arange(reach, device=logits.device)
     keep = sorted_p > 0
     keep &= rank < sampling.top_k[:, None]
@@ -113,11 +119,8 @@ def build_candidates(
     keep &= rank < width
     keep[:, 0] = True  # a row always has a candidate, even if its logits hold NaN
 
-    token_ids = order[:, :width]
     log_p = torch.where(keep[:, :width], sorted_p[:, :width].log(), -torch.inf)
-    log_p = torch.log_softmax(log_p, dim=-1)
-    is_stop = (token_ids[..., None] == stop_token_ids[:, None, :]).any(-1)
-    return Candidates(token_ids=token_ids, log_p=log_p, is_stop=is_stop)
+    return Candidates(token_ids, torch.log_softmax(log_p, dim=-1), is_stop)
 
 
 def _stop_mask(stop_token_ids: Tensor, vocabulary: int) -> Tensor:

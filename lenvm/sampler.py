@@ -6,6 +6,9 @@ who stands beside it, or on how many candidates it has; a seed gives the same an
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,12 +18,12 @@ _MIX_A = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_B = -7723592293110705685  # 0x94D049BB133111EB
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64 (torch's is arithmetic)."""
+def _shift_right(x: Any, bits: int) -> Any:
+    """Logical shift of int64 (torch's and numpy's are arithmetic)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x: Any) -> Any:
     """SplitMix64's finaliser: one 64-bit integer to another, every bit depending on every bit."""
     x = x + _INCREMENT
     x = (x ^ _shift_right(x, 30)) * _MIX_A
@@ -28,9 +31,18 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def _key(seed: Any, position: Any, token_id: Any) -> Any:
+    """The hash of three int64 tensors or numpy arrays."""
+    return _mix(_mix(_mix(seed) ^ position) ^ token_id)
+
+
 def keyed_uniform(seed: Tensor, position: Tensor, token_id: Tensor) -> Tensor:
     """Uniform in (0, 1), float64, of the broadcast shape of three int64 tensors."""
-    key = _mix(_mix(_mix(seed) ^ position) ^ token_id)
+    if token_id.device.type == "cpu":  # forty operators on few numbers: numpy starts one sooner
+        with np.errstate(over="ignore"):  # of 0-dimensional ones, which do not wrap silently
+            key = torch.as_tensor(_key(seed.numpy(), position.numpy(), token_id.numpy()))
+    else:
+        key = _key(seed, position, token_id)
     return (_shift_right(key, 11).double() + 0.5) * 2.0**-53
 
 

@@ -187,7 +187,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             # Kept slots are a prefix of the sorted set; with no device to wait for, narrow the forward to them.
             candidates = narrow(candidates, int(candidates.kept.sum(-1).max()))
         by_value = not place.present.isdisjoint(BY_VALUE)
-        scores = worker.score(place, lengths, host_lengths(batch, rows, worker), candidates, by_value)
+        scores = worker.score(place, lengths, host_lengths(batch, place, worker), candidates, by_value)
         sample = tilt_sample(
             candidates,
             scores,
@@ -226,7 +226,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             log_p=torch.zeros(token.shape, device=token.device),
             is_stop=(place.parameters.stop_token_ids == token).any(-1, keepdim=True),
         )
-        mirror = host_lengths(batch, rows, worker)
+        mirror = host_lengths(batch, place, worker)
         scores = worker.score(place, place.take(batch.seq_lens), mirror, candidates, value=False)
         worker.remember(place, None)
         self._report(step, place, predicted_lengths(candidates, scores, worker.lenvm)[:, 0])
@@ -259,11 +259,12 @@ def narrow(candidates: Candidates, width: int) -> Candidates:
     return Candidates(candidates.token_ids[:, :width], candidates.log_p[:, :width], candidates.is_stop[:, :width])
 
 
-def host_lengths(batch: Any, rows: LengthRows, worker: ValueWorker) -> Tensor:
-    """[R] at least as many tokens as each of `rows` has read: the host's mirror of the sequence lengths, or, where it
-    keeps none, all that a sequence may have."""
-    if batch.seq_lens_cpu is not None:
-        return batch.seq_lens_cpu[rows.index]
-    if worker.waits_for_nobody:
-        return batch.seq_lens[rows.index]
-    return torch.full((len(rows.index),), worker.base.model_config.context_len - 1)
+def host_lengths(batch: Any, place: Place, worker: ValueWorker) -> Tensor:
+    """[R] at least as many tokens as each row has read: the host's mirror of the sequence lengths, or, where it keeps
+    none, all that a sequence may have."""
+    mirror = batch.seq_lens_cpu
+    if mirror is None and worker.waits_for_nobody:
+        mirror = batch.seq_lens
+    if mirror is None:
+        return torch.full((len(place.states),), worker.base.model_config.context_len - 1)
+    return mirror if place.whole else mirror[place.host_index]

@@ -76,6 +76,7 @@ class Place:
         states: their request objects.
         whole: they are the whole batch, in its order.
         index: [R] int64 positions in the batch.
+        host_index: the same on the host.
         slots: [R] int64 rows of the host's request pool.
         scratch: [R, K] int64 KV slots of their candidates; [R, 0] where candidates are not fed.
         present: the controls among them.
@@ -90,10 +91,12 @@ class Place:
         device = batch.seq_lens.device
         self.states = rows.states
         self.whole = len(rows.index) == batch.batch_size
+        self.host_index = rows.index
         self.index = to_device(rows.index, torch.int64, device)
         self.slots = batch.req_pool_indices[self.index].long()
         self.scratch = scratch[self.slots]
-        self.parameters = table.parameters(self.slots)
+        filtered = any(s.top_k < vocabulary or s.top_p < 1 or s.min_p > 0 for s in rows.states)
+        self.parameters = table.parameters(self.slots, unfiltered=not filtered)
         self.present = frozenset(s.request.control_code for s in rows.states)
         self.strict = any(s.request.strict for s in rows.states)
         # the states are on the host: with no top-k on, ordering K tokens is enough

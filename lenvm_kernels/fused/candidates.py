@@ -80,7 +80,7 @@ def cut_kernel(
     logits_row, stops_row, temperature_row, top_k_row, top_p_row, min_p_row,
     mode_row, control_row, target_row, emitted_row, strict_row,
     V, S, N, PARTS, WIDTH,
-    BLOCK_N: tl.constexpr, BLOCK_PARTS: tl.constexpr, BOUNDS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_PARTS: tl.constexpr, BOUNDS: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
     """One row: its N most probable tokens, filtered, cut to WIDTH and normalised."""
     row = tl.program_id(0).to(tl.int64)
@@ -121,20 +121,21 @@ def cut_kernel(
     top = tl.max(x, 0)
     top = tl.where(top == NEG_INF, 0.0, top)
     weight = tl.exp(x - top)
-    top_k = tl.load(TOP_K + row * top_k_row)
-    within = tl.where(n < top_k, weight, 0.0)
-    total = tl.sum(within, 0)
-    if (top_k >= V) & ~force:
-        part = tl.arange(0, BLOCK_PARTS)
-        place = MASS + (row * PARTS + part) * 2
-        part_top = tl.load(place, mask=part < PARTS, other=NEG_INF)
-        total = tl.sum(tl.load(place + 1, mask=part < PARTS, other=0.0) * tl.exp(part_top - top), 0)
-        total += tl.where(ban, 0.0, tl.sum(tl.exp(stop_value / temperature - top), 0))
-    before = tl.cumsum(within, 0) - within
-    keep = (weight > 0) & (n < top_k) & (n < WIDTH)
-    keep = keep & (before <= tl.load(TOP_P + row * top_p_row) * total)
-    keep = keep & (weight >= tl.load(MIN_P + row * min_p_row))
-    keep = keep | ((n == 0) & (weight > 0))
+    keep = (weight > 0) & (n < WIDTH)
+    if FILTERED:
+        top_k = tl.load(TOP_K + row * top_k_row)
+        within = tl.where(n < top_k, weight, 0.0)
+        total = tl.sum(within, 0)
+        if (top_k >= V) & ~force:
+            part = tl.arange(0, BLOCK_PARTS)
+            place = MASS + (row * PARTS + part) * 2
+            part_top = tl.load(place, mask=part < PARTS, other=NEG_INF)
+            total = tl.sum(tl.load(place + 1, mask=part < PARTS, other=0.0) * tl.exp(part_top - top), 0)
+            total += tl.where(ban, 0.0, tl.sum(tl.exp(stop_value / temperature - top), 0))
+        before = tl.cumsum(within, 0) - within
+        keep = keep & (n < top_k) & (before <= tl.load(TOP_P + row * top_p_row) * total)
+        keep = keep & (weight >= tl.load(MIN_P + row * min_p_row))
+        keep = keep | ((n == 0) & (weight > 0))
     log_p = tl.where(keep, x, NEG_INF)
     log_p = tl.where(keep, log_p - log_sum_exp(log_p), NEG_INF)
 
@@ -167,10 +168,11 @@ def build_candidates(
     device = logits.device
     mass = torch.empty(rows, parts, 2, dtype=torch.float32, device=device)
     temperature = sampling.temperature
-    mass_kernel[(rows, parts)](
-        logits, temperature, stops, mass, logits.stride(0), temperature.stride(0), stops.stride(0),
-        vocabulary, stop_count, parts, CHUNK=CHUNK, BLOCK=1024, num_warps=4,
-    )  # fmt: skip
+    if not sampling.unfiltered:
+        mass_kernel[(rows, parts)](
+            logits, temperature, stops, mass, logits.stride(0), temperature.stride(0), stops.stride(0),
+            vocabulary, stop_count, parts, CHUNK=CHUNK, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
     token_ids = torch.empty(rows, width, dtype=torch.int64, device=device)
     log_p = torch.empty(rows, width, dtype=torch.float32, device=device)
     is_stop = torch.empty(rows, width, dtype=torch.uint8, device=device)
@@ -186,6 +188,6 @@ def build_candidates(
         logits.stride(0), stops.stride(0), *(f.stride(0) for f in filters), *(b.stride(0) for b in bounds),
         vocabulary, stop_count, count, parts, width,
         BLOCK_N=block, BLOCK_PARTS=triton.next_power_of_2(parts), BOUNDS=guidance is not None,
-        num_warps=1 if block <= 64 else 4,
+        FILTERED=not sampling.unfiltered, num_warps=1 if block <= 64 else 4,
     )  # fmt: skip
     return Candidates(token_ids=token_ids, log_p=log_p, is_stop=is_stop.view(torch.bool))

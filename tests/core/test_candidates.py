@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,3 +100,20 @@ def test_a_vocabulary_smaller_than_k() -> None:
     out = build_candidates(torch.zeros(1, 4), settings_of([(1.0, 99, 1.0, 0.0)]), torch.tensor([[-1]]), 16)
     assert out.token_ids.shape == (1, 4)
     assert not out.is_stop.any()
+
+
+def test_unfiltered_rows_get_what_filters_that_are_off_leave() -> None:
+    g = torch.Generator().manual_seed(3)
+    logits = (torch.randn(20, 50, generator=g) * 3).round()  # ties
+    logits[3, 4:] = -torch.inf
+    logits[4] = -300.0
+    logits[4, 7] = 0.0  # every other probability is 0 in float32
+    logits[5, 0] = torch.nan
+    off = settings_of([(0.7, 50, 1.0, 0.0)] * 20)
+    stops = torch.tensor([[2, 11, -1]]).repeat(20, 1)
+    want = build_candidates(logits, off, stops, 6, reach=9)
+    found = build_candidates(logits, replace(off, unfiltered=True), stops, 6, reach=9)
+    assert torch.equal(found.token_ids, want.token_ids)
+    assert torch.equal(found.is_stop, want.is_stop)
+    assert torch.equal(found.log_p.nan_to_num(), want.log_p.nan_to_num())
+    assert found.kept.sum(-1)[3:6].tolist() == [4, 1, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,8 +88,13 @@ def cut(logits: list[float], strict: bool = False, mode: Mode = Mode.EQUAL_TO, l
         mode=one * int(mode), control=one * int(Control.POSTERIOR), target=one * (left + 1), emitted=one * 0,
         sharpness=one.float(), tolerance=one * 0.0, strict=torch.tensor([strict]), bias=one * 0.0,
     )  # fmt: skip
-    settings = core_tests.settings_of([(1.0, 99, 1.0, 0.0)])
-    return as_dict(build_candidates(torch.tensor([logits]), settings, torch.tensor([[1, 3]]), 3, guidance, reach=3), 0)
+    filtered = core_tests.settings_of([(1.0, 99, 1.0, 0.0)])
+    results = [
+        as_dict(build_candidates(torch.tensor([logits]), settings, torch.tensor([[1, 3]]), 3, guidance, reach=3), 0)
+        for settings in (filtered, replace(filtered, unfiltered=True))
+    ]
+    assert results[0] == results[1]
+    return results[0]
 
 
 def test_edges_of_the_cut() -> None:
