@@ -205,8 +205,9 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         token = candidates.token_ids.gather(-1, choice[:, None])
         step.logits[index] = torch.full_like(logits, -torch.inf).scatter_(-1, token, 0.0)
         worker.remember(slots, choice)
-        lengths_after = predicted_lengths(candidates, scores, worker.lenvm).gather(-1, choice[:, None])[:, 0]
-        self._report(step, rows, lengths_after)
+        if any(state.request.return_values for state in rows.states):
+            lengths_after = predicted_lengths(candidates, scores, worker.lenvm).gather(-1, choice[:, None])[:, 0]
+            self._report(step, rows, lengths_after)
 
     def watch(self, step: SamplingStep, token_ids: Tensor) -> None:
         """Score the tokens that the host drew in rows which only ask for values; nothing is changed.
