@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -22,11 +24,18 @@ def scores_from_distribution(log_q: Tensor, lenvm: LenvmConfig) -> Scores:
         log_q: [..., B] float32 log-probabilities of the checkpoint's bins.
         lenvm: gamma and bins.
     """
-    bins = lenvm.length_bins
-    n = torch.arange(bins.longest + 1, dtype=torch.float64)
-    discount = (bins.decode_matrix().double() @ torch.exp(-decay_nats(lenvm.gamma) * n)).log().float()  # [B]
-    log_discount = torch.logsumexp(log_q.float() + discount.to(log_q.device), dim=-1)  # ln E[gamma^n] <= ln gamma < 0
+    per_bin = _log_discounts(lenvm.length_bins.centres, lenvm.gamma, log_q.device)
+    log_discount = torch.logsumexp(log_q.float() + per_bin, dim=-1)  # ln E[gamma^n] <= ln gamma < 0
     return Scores(z=torch.log(-torch.expm1(log_discount)) - log_discount, length_log_q=log_q)
+
+
+@lru_cache(maxsize=8)
+def _log_discounts(centres: tuple[int, ...], gamma: float, device: torch.device) -> Tensor:
+    """ln E[gamma^n] within each bin, [B] float32; kept, because a server asks at every token."""
+    bins = LengthBins.cached(centres)
+    n = torch.arange(bins.longest + 1, dtype=torch.float64)
+    inside = bins.decode_matrix().double() @ torch.exp(-decay_nats(gamma) * n)
+    return inside.log().float().to(device)
 
 
 def prompt_distribution(candidates: Candidates, log_q: Tensor, bins: LengthBins) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +123,7 @@ class Distiller:
             notify: progress.
 
         Raises:
-            DistillationError: the folder holds a run with other parameters.
+            DistillationError: the folder holds a run with other parameters, or the loss is no number any more.
         """
         s = self.settings
         self._take_up()
@@ -132,6 +133,8 @@ class Distiller:
             number = self.progress.rounds + 1
             train_kl = self._round(number)
             kl = held_out_kl(self.head, unseen, self.source)
+            if not math.isfinite(kl):
+                raise DistillationError(f"the held-out KL is {kl} after round {number}; lower --lr and begin again.")
             self.progress.rounds = number
             entry = {"steps": self.progress.steps, "train_kl": train_kl, "held_out_kl": kl}
             if self.check is not None and (number % s.control_every == 0 or number == self.total):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from lenvm import LengthValueModel
+from lenvm import LengthValueModel, LenvmConfig
 from lenvm.definitions import length_from_logit
+from lenvm_lf.checkpoint import load_model
 from tests.core.test_modeling import BACKBONES, SMALL
 
 
@@ -52,3 +54,13 @@ def test_backbone_trains_and_comes_back(world: Any, name: str) -> None:
             length_from_logit(out.z[0, -1], model.lenvm.gamma).item(), rel=1e-3
         )
         assert line["expected_length"] == pytest.approx(model.predicted_length(out)[0, -1].item(), rel=1e-3)
+
+
+def test_a_lookahead_head_is_not_trained_past() -> None:
+    """Training moves the states that the head was distilled on."""
+    shape = {"lookahead": {"rank": 4}, "heads": ["value", "length", "lookahead"], "bins": [1, 2, 3], "gamma": 0.9}
+    finetuning_args = SimpleNamespace(lenvm_config=LenvmConfig.parse(shape, "here"))
+    loader = SimpleNamespace(load_config=lambda _: transformers.Qwen2Config(**SMALL))
+    model_args = SimpleNamespace(model_name_or_path="runs/lookahead")
+    with pytest.raises(ValueError, match="runs/lookahead has a lookahead head"):
+        load_model(loader, None, None, model_args, finetuning_args, is_trainable=True)  # type: ignore[arg-type]
