@@ -75,11 +75,10 @@ def run_lenvm(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     config = load_config(model_args)
     checkpoint.check_backbone(config)
-    if checkpoint.sees_images(config) and tokenizer_module["processor"] is None:
-        raise ValueError(
-            f"{model_args.model_name_or_path} reads images, but has no processor beside it; "
-            "copy preprocessor_config.json (and processor_config.json) from the model it was made of."
-        )
+    if checkpoint.sees_images(config):
+        check_image_run(template, tokenizer_module["processor"], model_args, data_args)
+    else:
+        tokenizer_module["processor"] = None  # so that a row with images is refused, whatever lies beside the model
     datasets = load_datasets(template, config, model_args, data_args, training_args, finetuning_args, tokenizer_module)
     train_set, eval_set = datasets
     lenvm = decide_block(config, train_set, model_args, training_args, finetuning_args)
@@ -132,6 +131,29 @@ def run_lenvm(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
 
 
+def check_image_run(template: Any, processor: Any, model_args: Any, data_args: Any) -> None:
+    """Refuse a vision-language model without what it needs.
+
+    Raises:
+        ValueError: one sentence: what is missing, what to do.
+    """
+    if processor is None:
+        raise ValueError(
+            f"{model_args.model_name_or_path} reads images, but has no processor beside it; "
+            "copy preprocessor_config.json (and processor_config.json) from the model it was made of."
+        )
+    if template.mm_plugin.image_token is None:
+        raise ValueError(
+            f"{model_args.model_name_or_path} reads images, but the template {data_args.template!r} has no place for "
+            "them; use the model's own (`qwen2_vl`, `qwen3_vl`)."
+        )
+    if data_args.streaming:
+        raise ValueError(
+            "stage `lenvm` does not support `streaming` with a vision-language model: a batch of images cannot be cut "
+            "by rows when it is handed to the ranks; set `streaming: false`."
+        )
+
+
 def train(trainer: Any, training_args: Any, finetuning_args: Any) -> None:
     """Train, save and plot."""
     from llamafactory.extras.ploting import plot_loss
@@ -177,7 +199,12 @@ def load_datasets(
     head = None
     if train_set is not None and data_args.streaming:
         train_set = train_set.filter(StreamFilter(vocab_size, data_args.cutoff_len, drop))
-        head = Dataset.from_list(list(train_set.take(LOOKED_AT)))
+        rows = list(train_set.take(LOOKED_AT))
+        if not rows:
+            raise ValueError(
+                "the training stream has no usable row; check the data, `cutoff_len` and `lenvm_censored`."
+            )
+        head = Dataset.from_list(rows)
     elif train_set is not None:
         head = train_set = usable(train_set, "training")
     if head is not None:

@@ -172,6 +172,18 @@ def test_images_that_cannot_be_used_are_bad_rows(world: Any) -> None:
         "row 5: the messages hold 0 `<image>` for 1 image(s)",
     ):
         assert part in str(error.value)
+    for changes, message in (
+        ({"template": "qwen"}, "the template 'qwen' has no place for them; use the model's own"),
+        (
+            {"streaming": True, "dataloader_num_workers": 1, "lenvm_gamma": 0.9, "lenvm_max_length": 9},
+            "does not support `streaming` with a vision-language model",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            world.fit(
+                world.root / "bad_images",
+                **{"model_name_or_path": str(base), "dataset": "bad_images", "template": "qwen2_vl", **changes},
+            )
     world.add("seen_by_text_model", [good])
     with pytest.raises(ValueError, match=r"row 1: the row shows 1 image\(s\), but the model reads text only"):
         world.fit(world.root / "bad_images", dataset="seen_by_text_model")
