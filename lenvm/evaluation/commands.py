@@ -21,11 +21,13 @@ from lenvm.evaluation.command_parts import (
 from lenvm.evaluation.length_command import length
 from lenvm.evaluation.lifebench_command import lifebench
 from lenvm.evaluation.tokens_command import tokens
+from lenvm.evaluation.tradeoff_command import tradeoff
 
 app = typer.Typer(help="Measure length control, its price in quality, and length prediction.", no_args_is_help=True)
 app.command()(lifebench)
 app.command()(length)
 app.command()(tokens)
+app.command()(tradeoff)
 
 
 @app.command()
