@@ -17,6 +17,7 @@ from lenvm.pipeline.commands import app as pipeline
 from lenvm.report.command import report
 from lenvm.sampling.commands import sample
 from lenvm.sampling.split_command import split
+from lenvm.view.command import view
 
 main = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +28,7 @@ main.command()(sample)
 main.command()(split)
 main.command()(convert)
 main.command()(report)
+main.command()(view)
 main.add_typer(evaluation, name="eval")
 main.add_typer(pipeline, name="pipeline")
 
