@@ -16,6 +16,7 @@ from lenvm.evaluation.commands import app as evaluation
 from lenvm.pipeline.commands import app as pipeline
 from lenvm.report.command import report
 from lenvm.sampling.commands import sample
+from lenvm.sampling.merge_command import merge
 from lenvm.sampling.split_command import split
 from lenvm.view.command import view
 
@@ -25,6 +26,7 @@ main = typer.Typer(
     help="Length value models: predict and control how many tokens a language model will write.",
 )
 main.command()(sample)
+main.command()(merge)
 main.command()(split)
 main.command()(convert)
 main.command()(report)
