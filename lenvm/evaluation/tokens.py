@@ -18,6 +18,7 @@ from lenvm.evaluation.values import StateValues
 
 THRESHOLD = 0.01
 """A TD residual beyond this counts as lengthening or shortening."""
+ROUNDING = 1e-9
 BEFORE, AFTER = 10, 5
 """Tokens of context on either side."""
 
@@ -152,8 +153,8 @@ def tokens_outcome(
         raise EvaluationError(
             f"no token occurs often enough in {len(answers)} answers; give more samples, or lower --min-count."
         )
-    longer = [t for t in effects if t.effect.low > 0][:top]
-    shorter = [t for t in reversed(effects) if t.effect.high < 0][:top]
+    longer = [t for t in effects if t.effect.low > ROUNDING][:top]
+    shorter = [t for t in reversed(effects) if t.effect.high < -ROUNDING][:top]
     groups = (("lengthen", longer[:15], "hard"), ("shorten", shorter[:15], "posterior"))
     return new_outcome(
         "tokens",

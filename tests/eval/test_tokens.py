@@ -44,15 +44,15 @@ def test_effects_of_known_answers():
     ]
     found = {t.token: t for t in token_effects(answers, GAMMA, min_count=6, min_prompts=5, contexts=2)}
     assert next(iter(found)) == "wait"
-    assert found["wait"].change.value == found["wait"].change.low == 4.0
+    assert (found["wait"].change.value, found["wait"].change.low) == pytest.approx((4.0, 4.0))
     assert found["wait"].effect.value == pytest.approx(GAMMA**5 - GAMMA**9)
-    assert found["so"].change.value == -2.0
+    assert found["so"].change.value == pytest.approx(-2.0)
     assert found["so"].effect.value == pytest.approx(GAMMA**7 - GAMMA**5)
-    assert (found["wait"].lengthening, found["wait"].shortening) == (1.0, 0.0)
+    assert (found["wait"].lengthening, found["wait"].shortening) == pytest.approx((1.0, 0.0))
     assert (found["x"].effect.n, found["x"].effect.prompts) == (18, 6)
     assert found["x"].effect.value == pytest.approx(0.0, abs=1e-12)
     assert len(found["wait"].contexts) == 2
-    assert found["wait"].contexts[0].startswith("x⟦ Wait⟧x so x")
+    assert found["wait"].contexts[0].startswith("x⟦ Wait⟧x sox")
     assert token_effects(answers, GAMMA, min_count=6, min_prompts=7) == []
 
 
