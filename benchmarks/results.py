@@ -55,7 +55,7 @@ def main() -> None:
               "--samples", "4", "--biases=-16,-8,-4,-2,0", "--budgets", "25,35,45,60,90", "--passes", "1,4",
               "--max-tokens", "384", "--concurrency", "64", "--out", str(out / "tradeoff"))  # fmt: skip
         lenvm("eval", "lifebench", "--server", server.url, "--data", str(given.data / "lifebench_no_summary.jsonl"),
-              "--base", str(base), "--targets", "32,64,128,256", "--limit", "40", "--max-prompt-tokens", "400",
+              "--base", str(base), "--targets", "32,64,128", "--limit", "40", "--max-prompt-tokens", "400",
               "--concurrency", "64", "--out", str(out / "lifebench"))  # fmt: skip
     names = ("lifebench", "length", "tokens", "tradeoff")
     for name in names:
