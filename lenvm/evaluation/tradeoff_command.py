@@ -39,6 +39,7 @@ def tradeoff(
     """
     import asyncio
 
+    from lenvm.evaluation.assemble import TextScore
     from lenvm.evaluation.client import ServerSettings
     from lenvm.evaluation.errors import EvaluationError
     from lenvm.evaluation.grading import verified
@@ -82,7 +83,7 @@ def tradeoff(
             notify("judging answers", 0, 1)
             found = graded(answers, problems, sizes, verified)
             notify("judging answers", 1, 1)
-            log_probs = {}
+            log_probs: dict[str, TextScore] = {}
             if base is not None:
                 from lenvm.sampling.tokens import PromptTokenizer
 

@@ -180,7 +180,7 @@ def drawn(plot: Plot) -> str:
             marker = "o" if s.style == "points" or len(s.x) < 30 else None
             panel.plot(s.x, s.y, color=colour, lw=1.8 if s.style == "line" else 0, marker=marker, ms=5, label=s.label)
             for name, x, y in zip(s.names or [], s.x, s.y, strict=False):
-                panel.annotate(name, (x, y), xytext=(7, 5), textcoords="offset points", fontsize=9)
+                panel.annotate(name.replace("$", r"\$"), (x, y), xytext=(7, 5), textcoords="offset points", fontsize=9)
         if plot.log:
             panel.set(xscale="log", yscale="log")
         if plot.diagonal:
