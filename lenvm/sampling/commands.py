@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -36,7 +36,9 @@ def sample(
         ),
     ],
     out: Annotated[Path, typer.Option(help="JSONL file of completions; continued if it is there.")],
-    server: Annotated[str, typer.Option(help="Address of the server, with or without /v1.")] = "http://127.0.0.1:30000",
+    server: Annotated[
+        list[str], typer.Option(help="Address of the server, with or without /v1; several share the work.")
+    ] = ["http://127.0.0.1:30000"],  # noqa: B006 (typer copies it)
     api: Annotated[
         ApiName, typer.Option(help="sglang: /generate, token ids in and out. openai: /v1/chat/completions.")
     ] = ApiName.sglang,
@@ -131,7 +133,7 @@ def sample(
 def run(
     prompts_file: Path,
     out: Path,
-    url: str,
+    url: str | Sequence[str],
     api: str,
     settings: Any,
     console: Console,
@@ -151,6 +153,7 @@ def run(
         SamplingError: if nothing can be drawn.
     """
     from lenvm.sampling.log import read_rows
+    from lenvm.sampling.pool import ServerPool
     from lenvm.sampling.prompts import read_prompts
     from lenvm.sampling.run import sample as draw
     from lenvm.sampling.servers import OpenAIServer, SglangServer
@@ -158,10 +161,11 @@ def run(
 
     prompts = read_prompts(prompts_file, limit, reading)
     kind = SglangServer if api == "sglang" else OpenAIServer
-    asked = kind(url, settings, tokenizer, model, template)
+    urls = [url] if isinstance(url, str) else url
+    pool = ServerPool([kind(one, settings, tokenizer, model, template) for one in urls])
     began = time.perf_counter()
     with progress_bar(console) as notify:
-        result = draw(prompts, out, asked, settings, notify, shard)
+        result = draw(prompts, out, pool, settings, notify, shard)
     seconds = time.perf_counter() - began
     if result.repaired:
         console.print(f"{out}: a torn last line of {result.repaired} bytes was cut off.", markup=False, soft_wrap=True)

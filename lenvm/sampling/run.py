@@ -12,8 +12,9 @@ import httpx
 
 from lenvm.sampling.errors import SamplingError
 from lenvm.sampling.log import CompletionLog
+from lenvm.sampling.pool import Source
 from lenvm.sampling.prompts import Prompt, prompts_hash, sample_seed
-from lenvm.sampling.servers import Completion, Server, api_key_header
+from lenvm.sampling.servers import Completion, api_key_header
 from lenvm.sampling.settings import SamplingSettings
 from lenvm.sampling.shards import Shard
 from lenvm.sampling.transport import RequestFailedError
@@ -47,7 +48,7 @@ class SamplingResult:
 def sample(
     prompts: Sequence[Prompt],
     out: Path,
-    server: Server,
+    server: Source,
     settings: SamplingSettings,
     notify: Notify | None = None,
     shard: Shard | None = None,
@@ -79,7 +80,7 @@ def sample(
 async def _sample(
     prompts: Sequence[Prompt],
     out: Path,
-    server: Server,
+    server: Source,
     settings: SamplingSettings,
     notify: Notify,
     parameters: dict[str, Any],
@@ -93,12 +94,13 @@ async def _sample(
             total = len(prompts) * settings.n
             notify(len(log.done), total, 0)
             await _draw_missing(prompts, client, server, settings, log, result, notify)
+            result.notes = list(server.notes)  # a server may have gone away meanwhile
             if len(log.done) == total:
                 log.finish([p.id for p in prompts])
     return result
 
 
-def _parameters(server: Server, settings: SamplingSettings) -> dict[str, Any]:
+def _parameters(server: Source, settings: SamplingSettings) -> dict[str, Any]:
     """What must be the same when a file is continued. The address and the concurrency may change."""
     return {
         "model": server.model,
@@ -122,7 +124,7 @@ def _groups(
 async def _draw_missing(
     prompts: Sequence[Prompt],
     client: httpx.AsyncClient,
-    server: Server,
+    server: Source,
     settings: SamplingSettings,
     log: CompletionLog,
     result: SamplingResult,
