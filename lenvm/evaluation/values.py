@@ -88,7 +88,7 @@ def local_values(lenvm: Path, texts: Sequence[Text], progress: Progress) -> tupl
     model = LengthValueModel.from_pretrained(lenvm, dtype=torch.float32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
-    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    vocabulary = int(model.config.get_text_config().vocab_size)
     for text in texts:
         if not text.prompt or not text.completion or max(*text.prompt, *text.completion) >= vocabulary:
             raise EvaluationError(
