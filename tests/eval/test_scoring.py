@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from lenvm.definitions import length_from_logit
 from lenvm.evaluation.data import read_natural
 from lenvm.evaluation.errors import EvaluationError
-from lenvm.evaluation.scoring import _buckets, base_log_probs, predict_at_prompt
+from lenvm.evaluation.scoring import base_log_probs, buckets, predict_at_prompt
 from lenvm.modeling import LengthValueModel
 
 
@@ -59,7 +59,7 @@ def test_a_text_of_another_vocabulary_is_refused(world):
 
 def test_buckets_hold_every_item_once_within_the_budget():
     lengths = [5, 90, 7, 3, 40, 12, 200]
-    batches = list(_buckets(lengths, 100))
+    batches = list(buckets(lengths, 100))
     assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 100
