@@ -34,6 +34,12 @@ run-gsm8k: envs ## the same pipeline on GSM8K: make run-gsm8k DATA=DIR
 serve-demo: envs ## serve the demo pair: make serve-demo PORT=8000
 	@$(PIPELINE) serve examples/demo/recipe.yaml --train-python $(TRAIN)/python --port $(PORT) $(ARGS)
 
+.PHONY: results
+results: envs ## the tables of docs/results.md from the demo's pair: make results DATA=DIR (with LIFEBench's file)
+	@test -n "$(DATA)" || { echo "results: DATA is empty; give the folder with lifebench_no_summary.jsonl: make results DATA=DIR" >&2; exit 2; }
+	@test -d runs/demo/lenvm || { echo "results: there is no runs/demo/lenvm; run make demo first" >&2; exit 2; }
+	@$(SERVE)/python benchmarks/evidence.py --data $(DATA) --write docs/results.md $(ARGS)
+
 .PHONY: test test-fast lint
 test: envs ## lint and all tests in both environments
 	@$(PYTHON) env/test.py

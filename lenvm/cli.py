@@ -17,7 +17,9 @@ from lenvm.evaluation.commands import app as evaluation
 from lenvm.pipeline.commands import app as pipeline
 from lenvm.report.command import report
 from lenvm.sampling.commands import sample
+from lenvm.sampling.merge_command import merge
 from lenvm.sampling.split_command import split
+from lenvm.view.command import view
 
 main = typer.Typer(
     no_args_is_help=True,
@@ -25,10 +27,12 @@ main = typer.Typer(
     help="Length value models: predict and control how many tokens a language model will write.",
 )
 main.command()(sample)
+main.command()(merge)
 main.command()(split)
 main.command()(convert)
 main.command()(distill)
 main.command()(report)
+main.command()(view)
 main.add_typer(evaluation, name="eval")
 main.add_typer(pipeline, name="pipeline")
 

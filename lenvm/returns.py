@@ -34,6 +34,25 @@ def same_completion(mask: Tensor, completion: Tensor | None) -> Tensor:
     return both if completion is None else both & (completion[:, :-1] == completion[:, 1:])
 
 
+def reverse_scan(added: Tensor, factor: Tensor) -> Tensor:
+    """y_t = added_t + factor_t y_{t+1} with y = 0 behind the end, by doubling: log2(T) passes, each composing a step
+    with the one as long again behind it.
+
+    Args:
+        added: [B, T].
+        factor: [B, T]; 0 where a row's sequence ends.
+
+    Returns:
+        [B, T].
+    """
+    y, step = added, 1
+    while step < y.shape[1]:
+        y = y + torch.cat([factor[:, :-step] * y[:, step:], torch.zeros_like(y[:, :step])], dim=1)
+        factor = torch.cat([factor[:, :-step] * factor[:, step:], torch.zeros_like(y[:, :step])], dim=1)
+        step *= 2
+    return y
+
+
 def lambda_returns(
     z: Tensor,
     remaining: Tensor,
@@ -72,10 +91,5 @@ def lambda_returns(
     after = torch.cat([own[:, 1:], own[:, -1:]], dim=1)
     y = torch.where(goes_on, gamma * (1.0 - lam) * after, end)
     factor = torch.where(goes_on, torch.full_like(y, gamma * lam), torch.zeros_like(y))
-    # y_t = a_t + c_t y_{t+1} by doubling: log2(T) passes, each composing a step with the one as long again behind it
-    step = 1
-    while step < y.shape[1]:
-        y = y + torch.cat([factor[:, :-step] * y[:, step:], torch.zeros_like(y[:, :step])], dim=1)
-        factor = torch.cat([factor[:, :-step] * factor[:, step:], torch.zeros_like(y[:, :step])], dim=1)
-        step *= 2
+    y = reverse_scan(y, factor)
     return y if bootstrap else torch.where(censored, bound, y)

@@ -22,14 +22,16 @@ from lenvm.evaluation.metrics import (
     MODES,
     Mode,
     accuracy_at_length,
+    cut_sentence,
     hard_cut,
     hard_cut_curve,
     kept,
     length_deviation,
     length_score,
+    released_score,
     repetition,
 )
-from lenvm.evaluation.plan import BASE, CONTROLLERS, IN_MODE, SIDE
+from lenvm.evaluation.plan import BASE, CONTROLLERS, IN_MODE, SIDE, Controller
 from lenvm.evaluation.schema import (
     ControlRow,
     CurvePoint,
@@ -100,14 +102,14 @@ def control_rows(
         for controller in IN_MODE[mode]:
             chosen = [a for a in of_mode if a.request.controller == controller.key]
             if chosen:
-                main.append(_row(mode, controller.key, chosen, base, prompts, log_probs))
+                main.append(control_row(mode, controller, chosen, base, prompts, log_probs))
     pairs = {_pair(a) for a in answers if a.request.controller in {c.key for c in SIDE}}
     same = [a for a in answers if a.request.experiment == "equal_to" and _pair(a) in pairs]
     base = [a for a in same if a.request.controller == BASE.key]
     for key in ("base", "hard", "soft", "posterior_a1", "posterior", "posterior_a4"):
         chosen = [a for a in same if a.request.controller == key]
         if chosen:
-            side.append(_row("equal_to", key, chosen, base, prompts, log_probs, points=False))
+            side.append(control_row("equal_to", CONTROLLERS[key], chosen, base, prompts, log_probs, points=False))
     return main, side
 
 
@@ -115,15 +117,26 @@ def _pair(answer: Answer) -> tuple[str, int]:
     return answer.request.prompt_id, answer.request.sample
 
 
-def _row(
+def control_row(
     mode: str,
-    controller: str,
+    controller: Controller,
     answers: Sequence[Answer],
     base: Sequence[Answer],
     prompts: Prompts,
     log_probs: LogProbs,
     points: bool = True,
 ) -> ControlRow:
+    """One row of a control table: every score of a controller's answers under one mode, intervals by prompt.
+
+    Args:
+        mode: the constraint.
+        controller: who answered.
+        answers: its answers, at least one.
+        base: the base model's answers to the same prompts and targets.
+        prompts: by id.
+        log_probs: of every answer that was scored.
+        points: keep the pairs of asked and obtained tokens.
+    """
     ids = [a.request.prompt_id for a in answers]
     lengths = np.array([a.length for a in answers])
     targets = np.array([a.request.target for a in answers])
@@ -133,19 +146,21 @@ def _row(
     right = [float(prompts[a.request.prompt_id].is_right(a.text, a.finish_reason)) for a in solved]
     return ControlRow(
         mode=mode,
-        controller=controller,
-        label=CONTROLLERS[controller].label,
+        controller=controller.key,
+        label=controller.label,
         length_score=_certain(mean_interval(length_score(lengths, targets, _mode(mode)), ids)),
         deviation=_certain(mean_interval(np.abs(length_deviation(lengths, targets)), ids), 100.0),
         kept=_certain(share_interval(kept(lengths, targets, _mode(mode), ended).astype(np.float64), ids), 100.0),
         natural_stops=_stops(answers, log_probs),
         base_log_prob=Estimate.of(mean_interval(scored.values, scored.prompts)),
         log_prob_difference=None
-        if controller == BASE.key
+        if controller is BASE
         else Estimate.of(difference_interval(scored, _clustered_log_probs(base, log_probs))),
         repetition=_certain(mean_interval([repetition(a.token_ids) for a in answers], ids), 100.0),
         accuracy=Estimate.of(share_interval(right, [a.request.prompt_id for a in solved]), 100.0),
         mean_length=_certain(mean_interval(lengths.astype(np.float64), ids)),
+        released_score=_certain(mean_interval(released_score(lengths, targets, _mode(mode)), ids)),
+        cut_sentences=_certain(share_interval([float(cut_sentence(a.text)) for a in answers], ids), 100.0),
         points=[(int(t), int(n)) for t, n in zip(targets, lengths, strict=True)] if points else [],
     )
 

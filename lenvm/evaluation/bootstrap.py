@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -72,9 +73,9 @@ def mean_interval(values: ArrayLike, prompts: Sequence[str], seed: int = 0) -> I
     if not len(data.values):
         return None
     order = _order(prompts)
-    means = _replicate_means(data, order, _weights(len(order), seed))
+    means = _replicate_means(data, order, replicate_weights(len(order), seed))
     value = float(np.mean(np.asarray(data.values)))
-    low, high = _ends(means)
+    low, high = interval_ends(means)
     return Interval(value, low, high, len(data.values), len(order))
 
 
@@ -102,18 +103,50 @@ def ratio_interval(a: Clustered, b: Clustered, seed: int = 0) -> Interval | None
     return _pair(a, b, seed, ratio=True)
 
 
+def group_intervals(values: ArrayLike, prompts: Sequence[str], groups: Sequence[str]) -> dict[str, Interval]:
+    """Mean of each group with its interval; all groups share the replicates of the prompts.
+
+    Args:
+        values: [N].
+        prompts: [N] the prompt of each value; prompts are what is resampled.
+        groups: [N] the group of each value; a prompt may have values in many.
+
+    Returns:
+        group -> interval, in the order in which groups appear.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    prompt_order, group_order = _order(prompts), _order(groups)
+    rows = np.array([prompt_order[p] for p in prompts], dtype=np.int64)
+    columns = np.array([group_order[g] for g in groups], dtype=np.int64)
+    shape = (len(prompt_order), len(group_order))
+    total, count = np.zeros(shape), np.zeros(shape)
+    np.add.at(total, (rows, columns), numbers)
+    np.add.at(count, (rows, columns), 1.0)
+    weights = replicate_weights(shape[0])
+    found: dict[str, Interval] = {}
+    for start in range(0, shape[1], 256):  # a few megabytes of replicates at a time
+        part = slice(start, start + 256)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            draws = (weights @ total[:, part]) / (weights @ count[:, part])
+        for name, column, i in zip(list(group_order)[part], draws.T, range(start, shape[1]), strict=False):
+            low, high = interval_ends(column)
+            n, clusters = int(count[:, i].sum()), int((count[:, i] > 0).sum())
+            found[name] = Interval(float(total[:, i].sum() / n), low, high, n, clusters)
+    return found
+
+
 def _pair(a: Clustered, b: Clustered, seed: int, *, ratio: bool) -> Interval | None:
     if not len(a.values) or not len(b.values):
         return None
     order = _order([*a.prompts, *b.prompts])
-    weights = _weights(len(order), seed)
+    weights = replicate_weights(len(order), seed)
     first, second = _replicate_means(a, order, weights), _replicate_means(b, order, weights)
     mean_a, mean_b = float(np.mean(np.asarray(a.values))), float(np.mean(np.asarray(b.values)))
     if ratio and mean_b == 0.0:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
         draws = first / second if ratio else first - second
-    low, high = _ends(draws)
+    low, high = interval_ends(draws)
     return Interval(mean_a / mean_b if ratio else mean_a - mean_b, low, high, len(a.values), len(order))
 
 
@@ -121,10 +154,13 @@ def _order(prompts: Sequence[str]) -> dict[str, int]:
     return {p: i for i, p in enumerate(dict.fromkeys(prompts))}
 
 
-def _weights(clusters: int, seed: int) -> Floats:
-    """How often each prompt is in each replicate, [RESAMPLES, clusters]."""
+@lru_cache(maxsize=8)
+def replicate_weights(clusters: int, seed: int = 0) -> Floats:
+    """How often each prompt is in each replicate, [RESAMPLES, clusters]; read-only, as it is kept for the next call."""
     rng = np.random.default_rng(seed)
-    return rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=RESAMPLES).astype(np.float64)
+    weights = rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=RESAMPLES).astype(np.float64)
+    weights.setflags(write=False)
+    return weights
 
 
 def _replicate_means(data: Clustered, order: dict[str, int], weights: Floats) -> Floats:
@@ -133,7 +169,8 @@ def _replicate_means(data: Clustered, order: dict[str, int], weights: Floats) ->
         return np.asarray((weights @ total) / (weights @ count))
 
 
-def _ends(draws: Floats) -> tuple[float, float]:
+def interval_ends(draws: Floats) -> tuple[float, float]:
+    """Both ends of the 95 % interval of an estimate's replicates; replicates that are not finite are left out."""
     finite = draws[np.isfinite(draws)]  # a replicate may hold no prompt of one side
     if not len(finite):
         return float("nan"), float("nan")

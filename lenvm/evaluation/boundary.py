@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,13 +15,65 @@ from lenvm.evaluation.metrics import Floats
 from lenvm.evaluation.prediction import (
     best_constant,
     coverage,
+    leave_one_out_domain_mean,
     leave_one_out_mean,
+    leave_one_out_regression,
     relative_error,
     return_consistent_length,
     sampling_noise,
 )
 from lenvm.evaluation.schema import Estimate, Prediction, Predictor, PromptPoint
 from lenvm.evaluation.scoring import PromptPrediction
+
+
+class Guess(NamedTuple):
+    """One way to predict: [P] lengths against L_GT, and [P] against the mean length where it says that too."""
+
+    key: str
+    label: str
+    of_return: Floats
+    of_mean: Floats | None
+
+
+def truth_of(prompts: Sequence[NaturalPrompt], gamma: float) -> tuple[Floats, Floats]:
+    """L_GT (Eq. 14) and mean length of each prompt's completions, [P] each."""
+    truth = np.array([float(return_consistent_length(p.lengths, gamma)) for p in prompts])
+    return truth, np.array([float(p.lengths.mean()) for p in prompts])
+
+
+def guesses(prompts: Sequence[NaturalPrompt], predicted: PromptPrediction) -> list[Guess]:
+    """The LenVM's predictions at s_0 and what they must beat.
+
+    The regression needs four prompts, the means of domains at least two domains of two prompts each; they are left out
+    where there are fewer.
+
+    Raises:
+        ValueError: for fewer than two prompts.
+    """
+    truth, mean = truth_of(prompts, predicted.gamma)
+    rows = [Guess("value", "LenVM, value z (Eq. 5)", predicted.from_value, predicted.from_value)]
+    if predicted.expected is not None and predicted.from_distribution is not None:
+        rows.append(
+            Guess("distribution", "LenVM, length distribution", predicted.from_distribution, predicted.expected)
+        )
+    rows.append(Guess("mean", "mean of the other prompts", leave_one_out_mean(truth), leave_one_out_mean(mean)))
+    kinds = [p.kind for p in prompts]
+    count = Counter(kinds)
+    if len(count) > 1 and min(count.values()) > 1:
+        label = "mean of the domain's other prompts"
+        rows.append(
+            Guess("domain", label, leave_one_out_domain_mean(truth, kinds), leave_one_out_domain_mean(mean, kinds))
+        )
+    if len(prompts) >= 4:
+        tokens = [len(p.token_ids) for p in prompts]
+        label = "regression on the prompt's length"
+        rows.append(
+            Guess("regression", label, leave_one_out_regression(truth, tokens), leave_one_out_regression(mean, tokens))
+        )
+    size = len(prompts)
+    constant = np.full(size, best_constant(truth)), np.full(size, best_constant(mean))
+    rows.append(Guess("constant", "best constant in hindsight", *constant))
+    return rows
 
 
 def prediction_table(prompts: Sequence[NaturalPrompt], predicted: PromptPrediction) -> Prediction:
@@ -35,36 +89,22 @@ def prediction_table(prompts: Sequence[NaturalPrompt], predicted: PromptPredicti
     ids = [p.id for p in prompts]
     lengths = [p.lengths for p in prompts]
     gamma = predicted.gamma
-    truth = np.array([float(return_consistent_length(row, gamma)) for row in lengths])
-    mean = np.array([float(row.mean()) for row in lengths])
+    truth, mean = truth_of(prompts, gamma)
 
     def estimate(values: ArrayLike) -> Estimate | None:
         return Estimate.of(mean_interval(values, ids), 100.0)
 
-    def predictor(key: str, label: str, guess: ArrayLike, of_mean: ArrayLike | None) -> Predictor:
-        against_mean: Floats | None = None if of_mean is None else relative_error(of_mean, mean)
+    def predictor(guess: Guess) -> Predictor:
+        against_mean = None if guess.of_mean is None else relative_error(guess.of_mean, mean)
         return Predictor(
-            key=key,
-            label=label,
-            error_return=estimate(np.abs(relative_error(guess, truth))),
+            key=guess.key,
+            label=guess.label,
+            error_return=estimate(np.abs(relative_error(guess.of_return, truth))),
             error_mean=None if against_mean is None else estimate(np.abs(against_mean)),
             bias_mean=None if against_mean is None else estimate(against_mean),
         )
 
-    rows = [predictor("value", "LenVM, value z (Eq. 5)", predicted.from_value, predicted.from_value)]
-    if predicted.expected is not None and predicted.from_distribution is not None:
-        rows.append(
-            predictor("distribution", "LenVM, length distribution", predicted.from_distribution, predicted.expected)
-        )
-    rows.append(predictor("mean", "mean of the other prompts", leave_one_out_mean(truth), leave_one_out_mean(mean)))
-    rows.append(
-        predictor(
-            "constant",
-            "best constant in hindsight",
-            np.full(len(truth), best_constant(truth)),
-            np.full(len(mean), best_constant(mean)),
-        )
-    )
+    rows = [predictor(guess) for guess in guesses(prompts, predicted)]
     rows.append(
         Predictor(
             key="floor",

@@ -255,7 +255,7 @@ class AnswerLog:
 async def ask_all(
     asker: Asker,
     plan: Sequence[Request],
-    prompts: Mapping[str, NaturalPrompt],
+    messages: Callable[[Request], Sequence[Mapping[str, Any]]],
     log: AnswerLog,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
@@ -264,7 +264,7 @@ async def ask_all(
     Args:
         asker: an entered Asker; `settings.concurrency` requests are in flight.
         plan: what to ask.
-        prompts: by id.
+        messages: the chat that a request sends.
         log: where answers are kept.
         progress: called after every answer with answers so far and their total.
 
@@ -286,7 +286,7 @@ async def ask_all(
 
     async def work() -> None:
         for request in waiting:  # the iterator is shared: each request is taken once
-            answer = await asker.ask(request, prompts[request.prompt_id].messages)
+            answer = await asker.ask(request, messages(request))
             log.add(answer)
             found[request.key] = answer
             progress(len(found), len(plan))

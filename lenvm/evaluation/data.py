@@ -94,13 +94,14 @@ class NaturalData:
         return {p.id: p for p in self.prompts}
 
 
-def read_natural(prompts_file: Path, samples_file: Path, limit: int | None = None) -> NaturalData:
+def read_natural(prompts_file: Path, samples_file: Path, limit: int | None = None, domain: str = "kind") -> NaturalData:
     """Read a prompt file and the completions `lenvm sample` drew for it.
 
     Args:
         prompts_file: JSONL, one prompt a line: id, messages, optional answer and kind.
         samples_file: JSONL, one completion a line, as `lenvm sample` writes it.
         limit: keep only this many prompts, the first of the file that have samples.
+        domain: the prompt file's key that becomes `kind`.
 
     Raises:
         EvaluationError: if a file or a key is missing, if no prompt has at least two samples, or if samples were
@@ -109,8 +110,8 @@ def read_natural(prompts_file: Path, samples_file: Path, limit: int | None = Non
     samples: dict[str, list[dict[str, Any]]] = {}
     settings: dict[str, dict[str, Any]] = {}
     model = ""
-    for where, row in _rows(samples_file):
-        _need(row, ("prompt_id", "prompt_token_ids", "completion", "completion_token_ids", "finish_reason"), where)
+    for where, row in read_rows(samples_file):
+        need(row, ("prompt_id", "prompt_token_ids", "completion", "completion_token_ids", "finish_reason"), where)
         samples.setdefault(str(row["prompt_id"]), []).append(row)
         settings[json.dumps(row.get("sampling", {}), sort_keys=True)] = row.get("sampling", {})
         model = str(row.get("model", model))
@@ -120,12 +121,12 @@ def read_natural(prompts_file: Path, samples_file: Path, limit: int | None = Non
             "evaluate completions drawn with one."
         )
     found: list[NaturalPrompt] = []
-    for where, row in _rows(prompts_file):
-        _need(row, ("id", "messages"), where)
+    for where, row in read_rows(prompts_file):
+        need(row, ("id", "messages"), where)
         drawn = samples.get(str(row["id"]), [])
         if len(drawn) < 2 or (limit is not None and len(found) >= limit):
             continue
-        found.append(_prompt(row, drawn))
+        found.append(_prompt(row, drawn, domain))
     if not found:
         raise EvaluationError(
             f"no prompt of {prompts_file} has two or more completions in {samples_file}; "
@@ -134,7 +135,7 @@ def read_natural(prompts_file: Path, samples_file: Path, limit: int | None = Non
     return NaturalData(tuple(found), next(iter(settings.values())), model)
 
 
-def _prompt(row: dict[str, Any], drawn: list[dict[str, Any]]) -> NaturalPrompt:
+def _prompt(row: dict[str, Any], drawn: list[dict[str, Any]], domain: str) -> NaturalPrompt:
     answer = row.get("answer")
     return NaturalPrompt(
         id=str(row["id"]),
@@ -145,11 +146,16 @@ def _prompt(row: dict[str, Any], drawn: list[dict[str, Any]]) -> NaturalPrompt:
             for d in sorted(drawn, key=lambda d: int(d.get("sample", 0)))
         ),
         answer=None if answer is None or str(answer) == "" else str(answer),
-        kind=str(row.get("kind", "")),
+        kind=str(row.get(domain, "")),
     )
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with its place for messages.
+
+    Raises:
+        EvaluationError: for a missing file, or a line that is no JSON object, with its number.
+    """
     if not path.is_file():
         raise EvaluationError(f"there is no file {path}; give an existing JSONL file.")
     with path.open(encoding="utf-8") as lines:
@@ -167,7 +173,8 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}, line {number}", row
 
 
-def _need(row: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
+def need(row: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
+    """Raises: EvaluationError, if a row lacks one of these keys."""
     missing = [k for k in keys if k not in row]
     if missing:
         raise EvaluationError(f"{where} lacks {', '.join(missing)}; it has {', '.join(sorted(row))}.")

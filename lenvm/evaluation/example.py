@@ -8,6 +8,7 @@ from typing import Any
 from lenvm.evaluation.client import Asker
 from lenvm.evaluation.data import NaturalData, NaturalPrompt
 from lenvm.evaluation.errors import EvaluationError
+from lenvm.evaluation.pieces import token_pieces
 from lenvm.evaluation.plan import Request, stable_seed
 from lenvm.evaluation.schema import Example
 
@@ -57,27 +58,10 @@ async def ask_example(asker: Asker, data: NaturalData, base: Path) -> Example | 
         length=answer.length,
         finish_reason=answer.finish_reason,
         at_prompt=lenvm.get("predicted_length"),
-        tokens=_pieces(base, answer.token_ids),
+        tokens=token_pieces(base, [answer.token_ids])[0],
         remaining=[float(v) for v in values],
     )
 
 
 def _question(prompt: NaturalPrompt) -> str:
     return "\n".join(str(m.get("content", "")) for m in prompt.messages if m.get("role") != "system")
-
-
-def _pieces(base: Path, token_ids: tuple[int, ...]) -> list[str]:
-    """The text each token adds, so that joining the pieces gives the text (a token may add nothing by itself)."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    stop = set(tokenizer.all_special_ids)
-    pieces, before = [], ""
-    for i, token in enumerate(token_ids):
-        if token in stop:
-            pieces.append(str(tokenizer.convert_ids_to_tokens(token)))
-            continue
-        text = tokenizer.decode(list(token_ids[: i + 1]), skip_special_tokens=True)
-        pieces.append(text[len(before) :])
-        before = text
-    return pieces

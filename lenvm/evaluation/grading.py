@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from lenvm.evaluation.errors import EvaluationError
+
 _MARKS = ("Answer:", "####")
 _BOXED = re.compile(r"\\boxed\s*\{")
 _NUMBER = re.compile(r"^[-+]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?$|^[-+]?\.\d+$")
@@ -49,6 +51,30 @@ def grade(text: str, answer: str) -> bool:
     if a is not None and b is not None:
         return a == b
     return _normalised(given) == _normalised(expected)
+
+
+def verified(text: str, answer: str) -> bool:
+    """Whether the completion's answer equals the expected one as mathematics, by math-verify.
+
+    The expected answer is taken as LaTeX, or as a number after "####" (GSM8K). math-verify guards itself with an alarm
+    signal, so this must run in the main thread.
+
+    Args:
+        text: the completion.
+        answer: the expected answer.
+
+    Raises:
+        EvaluationError: if math-verify is not installed, or cannot read the expected answer.
+    """
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise EvaluationError("math-verify is not installed; install lenvm[eval].") from None
+    gold = answer.rpartition("####")[2].strip()
+    expected = parse(rf"\boxed{{{gold}}}")
+    if not expected:
+        raise EvaluationError(f"math-verify cannot read the expected answer {gold!r}; correct it in the data file.")
+    return bool(verify(expected, parse(text)))
 
 
 def _braced(text: str, start: int) -> str | None:

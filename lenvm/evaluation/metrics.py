@@ -55,6 +55,22 @@ def length_score(length: ArrayLike, target: ArrayLike, mode: Mode = "equal_to") 
     return score
 
 
+def released_score(length: ArrayLike, target: ArrayLike, mode: Mode = "equal_to") -> Floats:
+    """Length Score as the script released with LIFEBench computes it: the deviation enters Eq. 18 as a **percentage**.
+
+    One per cent too short costs exp(-5), so this is close to the share of exact hits. Print it beside `length_score`
+    when comparing with figures that were made with that script.
+
+    Raises:
+        ValueError: for a mode that does not exist.
+    """
+    deviation = 100.0 * length_deviation(length, target)
+    _check_mode(mode)
+    score = 100.0 * np.exp(np.where(deviation < 0, UNDER_PENALTY * deviation, -OVER_PENALTY * deviation))
+    free = {"equal_to": deviation == 0, "at_most": deviation <= 0, "at_least": deviation >= 0}[mode]
+    return np.asarray(np.where(free, 100.0, score))
+
+
 def kept(length: ArrayLike, target: ArrayLike, mode: Mode, ended: ArrayLike = True) -> NDArray[np.bool_]:
     """Whether the constraint holds: L = T, L <= T or L >= T. For `equal_to` this is the exact hit.
 
@@ -87,6 +103,22 @@ def repetition(token_ids: Sequence[int], n: int = 4) -> float:
     return 1.0 - len(grams) / total
 
 
+_CLOSING = "\"'”’»）)]}】》*_`~"
+_ENDING = ".!?…。！？；"
+
+
+def cut_sentence(text: str) -> bool:
+    """Whether a text ends in the middle of a sentence: its last character, closing quotes, brackets and Markdown marks
+    left aside, is no sentence's end (. ! ? … and their full-width forms). An empty text is cut.
+
+    It is a measure to compare controllers by: a base model that ends answers without a full stop counts as cutting.
+    """
+    ending = text.rstrip()
+    while ending and ending[-1] in _CLOSING:
+        ending = ending[:-1].rstrip()
+    return not ending or ending[-1] not in _ENDING
+
+
 def hard_cut(lengths: ArrayLike, correct: ArrayLike, budget: float) -> tuple[Floats, Floats]:
     """Cutting every answer at `budget` tokens: what it costs and what survives.
 
@@ -102,6 +134,26 @@ def hard_cut(lengths: ArrayLike, correct: ArrayLike, budget: float) -> tuple[Flo
     """
     length, right = np.asarray(lengths, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     return np.minimum(length, budget), np.where(length <= budget, right, 0.0)
+
+
+def pass_at_k(samples: int, correct: ArrayLike, k: int) -> Floats:
+    """Probability that one of k answers is right, from n drawn: 1 - C(n - c, k) / C(n, k), which is unbiased.
+
+    Written as a product of k factors, so that nothing overflows.
+
+    Args:
+        samples: n answers of each problem.
+        correct: c right ones of each problem, [P].
+        k: 1 <= k <= n.
+
+    Raises:
+        ValueError: if k is out of its range.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@k needs 1 <= k <= {samples} drawn answers, got {k}.")
+    wrong = samples - np.asarray(correct, dtype=np.float64)[..., None]
+    drawn = np.arange(k, dtype=np.float64)
+    return np.asarray(1.0 - np.prod(np.maximum(wrong - drawn, 0.0) / (samples - drawn), axis=-1))
 
 
 def hard_cut_curve(lengths: ArrayLike, correct: ArrayLike, points: int = 60) -> tuple[Floats, Floats, Floats]:

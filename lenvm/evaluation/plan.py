@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from lenvm.evaluation import defaults
 from lenvm.evaluation.data import NaturalData, NaturalPrompt
 from lenvm.evaluation.metrics import MODES, Mode
 
@@ -28,20 +29,27 @@ SHARE = 0.6
 
 @dataclass(frozen=True)
 class Controller:
-    """A way to answer: its key in the results, its name for people, and the request fields it adds to a target."""
+    """A way to answer: its key in the results, its name for people, and the request fields it adds to a target.
+
+    `cut` needs no LenVM: it sends the target as max_tokens and nothing else.
+    """
 
     key: str
     label: str
     fields: dict[str, Any] | None = field(default_factory=dict)
+    cut: bool = False
 
     def request_fields(self, mode: str, target: int) -> dict[str, Any]:
-        """Length fields of one request; none at all for the base model."""
+        """What one request adds; nothing at all for the base model."""
+        if self.cut:
+            return {"max_tokens": target}
         if self.fields is None:
             return {}
         return {"length_target": target, "length_mode": mode, **self.fields}
 
 
 BASE = Controller("base", "base model", None)
+CUT = Controller("cut", "cut by max_tokens", None, cut=True)
 HARD = Controller("hard", "paper's hard rule", {"length_control": "hard"})
 SOFT = Controller("soft", "soft", {"length_control": "soft"})
 POSTERIOR = Controller("posterior", "posterior")
@@ -63,13 +71,13 @@ class Sizes(BaseModel):
     """How much is asked. The defaults keep the whole evaluation within a few minutes on two CPU cores."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    targets: int = Field(default=3, ge=1)
-    bound_targets: int = Field(default=2, ge=1)
-    median_samples: int = Field(default=4, ge=1)
-    share_samples: int = Field(default=4, ge=1)
-    curve_samples: int = Field(default=2, ge=1)
-    biases: tuple[float, ...] = (-16.0, -6.0, -2.0, 4.0)
-    budgets: tuple[float, ...] = (0.4, SHARE, 0.8, 1.1)
+    targets: int = Field(default=defaults.TARGETS, ge=1)
+    bound_targets: int = Field(default=defaults.BOUND_TARGETS, ge=1)
+    median_samples: int = Field(default=defaults.MEDIAN_SAMPLES, ge=1)
+    share_samples: int = Field(default=defaults.SHARE_SAMPLES, ge=1)
+    curve_samples: int = Field(default=defaults.CURVE_SAMPLES, ge=1)
+    biases: tuple[float, ...] = defaults.BIASES
+    budgets: tuple[float, ...] = defaults.BUDGETS
     modes: tuple[Mode, ...] = MODES
     controllers: tuple[str, ...] = Field(default=tuple(CONTROLLERS), description="The base model is always asked.")
     seed: int = 0
@@ -98,7 +106,7 @@ class Request:
         target: length asked for; None without one.
         sample: number among repetitions.
         seed: of the sampling.
-        fields: length fields of the request body.
+        fields: what the request body has beside the sampling: length fields, or max_tokens.
     """
 
     experiment: str

@@ -73,6 +73,65 @@ def leave_one_out_mean(truth: ArrayLike) -> Floats:
     return np.asarray((values.sum() - values) / (values.size - 1))
 
 
+def leave_one_out_domain_mean(truth: ArrayLike, domains: Sequence[str]) -> Floats:
+    """For each prompt the mean over the other prompts of its domain: somebody who knows the domain and nothing else.
+
+    Raises:
+        ValueError: for a domain with a single prompt.
+    """
+    values = np.asarray(truth, dtype=np.float64)
+    found = np.empty_like(values)
+    for domain in dict.fromkeys(domains):
+        here = np.array([d == domain for d in domains])
+        if here.sum() < 2:
+            raise ValueError(f"the domain {domain!r} has one prompt; its mean without that prompt does not exist.")
+        found[here] = leave_one_out_mean(values[here])
+    return found
+
+
+def leave_one_out_regression(truth: ArrayLike, prompt_lengths: ArrayLike) -> Floats:
+    """For each prompt the prediction of ln L = a + b ln(prompt tokens), fitted to all *other* prompts.
+
+    In closed form: leaving one row of a least-squares fit out changes its residual to r / (1 - h), h its leverage.
+
+    Args:
+        truth: [P] lengths in tokens, > 0.
+        prompt_lengths: [P] prompt tokens, >= 1.
+
+    Raises:
+        ValueError: for fewer than four prompts.
+    """
+    y = np.log(np.asarray(truth, dtype=np.float64))
+    x = np.log(np.asarray(prompt_lengths, dtype=np.float64))
+    if y.size < 4:
+        raise ValueError(f"a regression that leaves one prompt out needs at least 4 prompts, got {y.size}.")
+    centred = x - x.mean()
+    spread = float(centred @ centred)
+    slope = float(centred @ y) / spread if spread > 0 else 0.0
+    leverage = 1.0 / y.size + (centred**2 / spread if spread > 0 else 0.0)
+    residual = y - y.mean() - slope * centred
+    return np.asarray(np.exp(y - residual / (1.0 - leverage)))
+
+
+def survival_mean(lengths: Sequence[ArrayLike], own: int, reached: ArrayLike) -> Floats:
+    """Mean remaining length of the other prompts' completions that got so far: E[L - t | L > t], without the prompt.
+
+    Args:
+        lengths: for each of P prompts the L of its completions.
+        own: the prompt that is left out.
+        reached: [T] tokens already written, t.
+
+    Returns:
+        [T] tokens; 1 where no other completion was longer.
+    """
+    others = np.sort(np.concatenate([np.asarray(row, dtype=np.float64) for i, row in enumerate(lengths) if i != own]))
+    tail = np.concatenate([np.cumsum(others[::-1])[::-1], [0.0]])
+    t = np.asarray(reached, dtype=np.float64)
+    first = np.searchsorted(others, t, side="right")  # completions longer than t begin here
+    count = others.size - first
+    return np.asarray(np.where(count > 0, tail[first] / np.maximum(count, 1) - t, 1.0))
+
+
 def best_constant(truth: ArrayLike) -> float:
     """The single length with the smallest MRE over these prompts, known in hindsight: the median weighted by 1 / L."""
     values = np.sort(np.asarray(truth, dtype=np.float64))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,7 @@ from lenvm.evaluation.criteria import judge
 from lenvm.evaluation.data import NaturalData
 from lenvm.evaluation.example import ask_example
 from lenvm.evaluation.metrics import MODES
-from lenvm.evaluation.plan import Sizes, make_plan
+from lenvm.evaluation.plan import Request, Sizes, make_plan
 from lenvm.evaluation.schema import Example, Results, Speed
 from lenvm.evaluation.scoring import base_log_probs, predict_at_prompt
 from lenvm.evaluation.speed import Block, measure_speed
@@ -62,7 +62,9 @@ def run_evaluation(
     began = time.perf_counter()
     asked = asyncio.run(_ask(data, paths, settings, sizes, notify, speed))
     answers = asked.answers
-    log_probs = _score(answers, data, paths.base, notify)
+    prompts = data.by_id
+    controlled = [a for a in answers if a.request.experiment in MODES]
+    log_probs = score_answers(controlled, lambda r: prompts[r.prompt_id].token_ids, paths.base, notify)
     prediction = None
     if paths.lenvm is not None and len(data.prompts) > 1:
         notify("predicting at the prompt", 0, 1)
@@ -119,8 +121,13 @@ async def _ask(
         if example is None:
             example = await ask_example(asker, data, paths.base)
             _store(paths.out / "example.json", example)
+        prompts = data.by_id
         answers = await ask_all(
-            asker, make_plan(data, sizes), data.by_id, log, lambda done, total: notify("asking", done, total)
+            asker,
+            make_plan(data, sizes),
+            lambda request: prompts[request.prompt_id].messages,
+            log,
+            lambda done, total: notify("asking", done, total),
         )
         speeds = _stored(paths.out / "speed.json", Speed)
         if speed and (speeds is None or speeds.concurrency != settings.concurrency):
@@ -146,13 +153,48 @@ def speed_summary(blocks: list[Block], concurrency: int) -> Speed:
     )
 
 
-def _score(answers: list[Answer], data: NaturalData, base: Path, notify: Notify) -> dict[str, TextScore]:
-    """Base log-probability a token of every answer in the control tables, by request key."""
-    prompts = data.by_id
-    chosen = [a for a in answers if a.request.experiment in MODES and a.token_ids]
-    texts = [(prompts[a.request.prompt_id].token_ids, a.token_ids) for a in chosen]
+def score_answers(
+    answers: Sequence[Answer], prompt_ids: Callable[[Request], Sequence[int]], base: Path, notify: Notify
+) -> dict[str, TextScore]:
+    """Base log-probability a token of every answer that has tokens, by request key.
+
+    Args:
+        answers: what to score.
+        prompt_ids: token ids of the prompt that a request sent.
+        base: directory of the base model.
+        notify: progress.
+    """
+    chosen = [a for a in answers if a.token_ids]
+    texts = [(prompt_ids(a.request), a.token_ids) for a in chosen]
     rows = base_log_probs(base, texts, lambda done, total: notify("scoring under the base model", done, total))
     return {a.request.key: TextScore(float(np.mean(row)), float(row[-1])) for a, row in zip(chosen, rows, strict=True)}
+
+
+async def ask_plan(
+    plan: Sequence[Request],
+    messages: Callable[[Request], Sequence[Mapping[str, Any]]],
+    settings: ServerSettings,
+    log: Path,
+    parameters: dict[str, Any],
+    notify: Notify,
+) -> list[Answer]:
+    """Ask one server for every request of a plan; taken up where an earlier run stopped.
+
+    Args:
+        plan: what to ask.
+        messages: the chat that a request sends.
+        settings: the server.
+        log: JSONL file of answers.
+        parameters: what must be the same when the file is continued; model, max_tokens and sampling are added.
+        notify: progress.
+
+    Raises:
+        EvaluationError: for a server that refuses or cannot be reached, or a log of another run.
+    """
+    async with Asker(settings) as asker:
+        shared = {"model": asker.model, "max_tokens": settings.max_tokens, "sampling": dict(settings.sampling)}
+        kept = AnswerLog(log, {**shared, **parameters})
+        return await ask_all(asker, plan, messages, kept, lambda done, total: notify("asking", done, total))
 
 
 def package_versions() -> dict[str, str]:

@@ -50,6 +50,8 @@ class ControlRow(BaseModel):
     repetition: Estimate
     accuracy: Estimate | None
     mean_length: Estimate
+    released_score: Estimate | None = Field(default=None, description="see metrics.released_score")
+    cut_sentences: Estimate | None = Field(default=None, description="see metrics.cut_sentence")
     points: list[tuple[int, int]] = Field(default_factory=list, description="pairs of asked and obtained tokens")
 
 

@@ -67,7 +67,7 @@ def base_log_probs(
     import torch
     from transformers import AutoModelForCausalLM
 
-    _quiet()
+    quiet()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
@@ -82,8 +82,8 @@ def base_log_probs(
     budget = max(256, min(TOKENS_A_BATCH, LOGITS_BYTES // (4 * vocabulary)))
     done = 0
     with torch.inference_mode():
-        for batch in _buckets([len(p) + len(c) for p, c in texts], budget):
-            ids, mask = _padded([[*texts[i][0], *texts[i][1]] for i in batch], device)
+        for batch in buckets([len(p) + len(c) for p, c in texts], budget):
+            ids, mask = padded([[*texts[i][0], *texts[i][1]] for i in batch], device)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             for row, i in enumerate(batch):
                 start, count = len(texts[i][0]), len(texts[i][1])
@@ -116,7 +116,7 @@ def predict_at_prompt(
     from lenvm.definitions import length_from_logit
     from lenvm.modeling import LengthValueModel
 
-    _quiet()
+    quiet()
     model = LengthValueModel.from_pretrained(lenvm_dir, dtype=torch.float32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
@@ -124,8 +124,8 @@ def predict_at_prompt(
     value, consistent, expected, p50, p90 = (np.full(size, math.nan) for _ in range(5))
     has_length = model.lenvm.has_length_head
     with torch.inference_mode():
-        for batch in _buckets([len(p) for p in prompts], TOKENS_A_BATCH):
-            ids, mask = _padded([list(prompts[i]) for i in batch], device)
+        for batch in buckets([len(p) for p in prompts], TOKENS_A_BATCH):
+            ids, mask = padded([list(prompts[i]) for i in batch], device)
             out = model(input_ids=ids, attention_mask=mask)
             last = mask.sum(-1) - 1
             at = torch.arange(len(batch), device=device)
@@ -163,7 +163,7 @@ def _predict_ahead(
     from lenvm.lookahead import prompt_distribution, prompt_summary
     from lenvm.modeling import LengthValueModel
 
-    _quiet()
+    quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lenvm = read_lenvm_config(lenvm_dir)
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).to(device).eval()
@@ -175,8 +175,8 @@ def _predict_ahead(
     how = SampledWith.of(sampling)
     consistent, expected, p50, p90 = (np.full(len(prompts), math.nan) for _ in range(4))
     with torch.inference_mode():
-        for batch in _buckets([len(p) for p in prompts], TOKENS_A_BATCH):
-            ids, mask = _padded([list(prompts[i]) for i in batch], device)
+        for batch in buckets([len(p) for p in prompts], TOKENS_A_BATCH):
+            ids, mask = padded([list(prompts[i]) for i in batch], device)
             at, last = torch.arange(len(batch), device=device), mask.sum(-1) - 1
             hidden, logits = base_states(base, ids, mask)
             if not lenvm.attached:
@@ -191,14 +191,14 @@ def _predict_ahead(
     return PromptPrediction(consistent, consistent, expected, p50, p90, lenvm.gamma)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """No second progress bar inside ours."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
-def _buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Indices in batches of similar length, each at most `budget` tokens with padding (one item may exceed it)."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -211,7 +211,7 @@ def _buckets(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _padded(rows: Sequence[Sequence[int]], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: Sequence[Sequence[int]], device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and attention mask, [rows, longest] int64. Right padding leaves causal models' states alone."""
     import torch
 

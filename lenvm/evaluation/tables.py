@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from lenvm.evaluation.outcome import Cell, Outcome
 from lenvm.evaluation.schema import ControlRow, Criterion, CurvePoint, Estimate, Results
 
 _KEPT = {"equal_to": "exact hits %", "at_most": "kept %", "at_least": "kept %"}
@@ -34,6 +35,33 @@ def show(results: Results, console: Console) -> None:
     console.print(
         "± is the wider side of the 95 % interval, resampled by prompt; results.json has both ends.", style="dim"
     )
+
+
+def show_outcome(outcome: Outcome, console: Console) -> None:
+    """Print the tables of any other evaluation than `control`."""
+    console.print()
+    for line in outcome.summary:
+        console.print(line, highlight=False)
+    console.print()
+    for sheet in outcome.sheets:
+        table = _table(sheet.title)
+        texts = [all(isinstance(row[i], str) for row in sheet.rows) for i in range(len(sheet.head))]
+        for name, text in zip(sheet.head, texts, strict=True):
+            table.add_column(name, justify="left" if text else "right")
+        for row in sheet.rows:
+            table.add_row(*(_cell(value, sheet.decimals(i)) for i, value in enumerate(row)))
+        console.print(table)
+        if sheet.note:
+            console.print(sheet.note, style="dim", highlight=False)
+        console.print()
+
+
+def _cell(value: Cell, digits: int) -> str:
+    from rich.markup import escape
+
+    if value is None or isinstance(value, Estimate):
+        return figure(value, digits)
+    return f"{value:.{digits}f}" if isinstance(value, float) else escape(str(value))
 
 
 def figure(estimate: Estimate | None, digits: int = 1, interval: bool = True) -> str:

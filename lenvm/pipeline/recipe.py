@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lenvm.evaluation import defaults
 from lenvm.pipeline.errors import PipelineError
-from lenvm.sampling.settings import SamplingSettings
+from lenvm.sampling.settings import Distribution, SamplingSettings
 
 
 class Section(BaseModel):
@@ -70,15 +71,9 @@ class Split(Section):
     limit: int | None = Field(default=None, ge=1)
 
 
-class Sampling(Section):
+class Sampling(Distribution):
     """Sampling of the base model. The distribution is the same for all three sets: it is what the LenVM learns."""
 
-    temperature: float = Field(default=1.0, ge=0.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=-1, ge=-1)
-    min_p: float = Field(default=0.0, ge=0.0, lt=1.0)
-    max_tokens: int = Field(default=300, ge=1)
-    seed: int = Field(default=1, ge=0)
     concurrency: int = Field(default=256, ge=1)
     train: Split = Split(n=8)
     val: Split = Split(n=8)
@@ -87,24 +82,22 @@ class Sampling(Section):
 
     def settings(self, split: Split) -> SamplingSettings:
         """For one of the three sets."""
-        shared = self.model_dump(
-            include={"temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "concurrency"}
-        )
+        shared = self.model_dump(include={*Distribution.model_fields, "concurrency"})
         return SamplingSettings(n=split.n, **shared)
 
 
 class Evaluation(Section):
     """Options of `lenvm eval control`, by their names there."""
 
-    max_prompts: int = Field(default=104, ge=2)
-    targets: int = Field(default=3, ge=1)
-    bound_targets: int = Field(default=2, ge=1)
-    median_samples: int = Field(default=4, ge=1)
-    share_samples: int = Field(default=4, ge=1)
-    curve_samples: int = Field(default=2, ge=1)
-    biases: tuple[float, ...] = (-16.0, -6.0, -2.0, 4.0)
-    budgets: tuple[float, ...] = (0.4, 0.8, 1.1)
-    modes: tuple[str, ...] = ("equal_to", "at_most", "at_least")
+    max_prompts: int = Field(default=defaults.MAX_PROMPTS, ge=2)
+    targets: int = Field(default=defaults.TARGETS, ge=1)
+    bound_targets: int = Field(default=defaults.BOUND_TARGETS, ge=1)
+    median_samples: int = Field(default=defaults.MEDIAN_SAMPLES, ge=1)
+    share_samples: int = Field(default=defaults.SHARE_SAMPLES, ge=1)
+    curve_samples: int = Field(default=defaults.CURVE_SAMPLES, ge=1)
+    biases: tuple[float, ...] = defaults.BIASES
+    budgets: tuple[float, ...] = defaults.BUDGETS
+    modes: tuple[str, ...] = defaults.MODES
     controllers: tuple[str, ...] | None = None
     concurrency: int = Field(default=64, ge=1)
     speed: bool = True
@@ -229,7 +222,7 @@ def _section(section: Any, part: Any) -> Any:
     if field is None:
         return None
     candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def _resolve(recipe: Recipe, path: Path) -> Recipe:

@@ -9,7 +9,7 @@ import typer
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Output directory of `lenvm eval control`, or of a pipeline.")],
+    run: Annotated[Path, typer.Argument(help="Output directory of a command of `lenvm eval`, or of a pipeline.")],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
     timings: Annotated[
         Path | None, typer.Option(help="The pipeline's timings.json; default: the one beside the results.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lenvm.evaluation.errors import EvaluationError
+from lenvm.evaluation.outcome import Cell, Outcome, is_outcome, read_outcome
 from lenvm.evaluation.schema import ControlRow, Criterion, Estimate, Example, Results
 from lenvm.evaluation.tables import wanted
 from lenvm.report import plots
@@ -60,6 +61,33 @@ def render(results: Results, timings: dict[str, Any] | None = None) -> str:
         results: of `lenvm eval control`.
         timings: content of the pipeline's timings.json.
     """
+    r = results
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            r=r,
+            cards=cards(r),
+            verdict=verdict(r),
+            kept_names=KEPT_NAMES,
+            modes=[m for m in KEPT_NAMES if any(row.mode == m for row in r.control)],
+            best=best_cells(r.control),
+            scatter=plots.scatter(r),
+            trade_off=plots.trade_off(r.trade_off) if r.trade_off else None,
+            prediction=plots.prediction(r.prediction) if r.prediction and r.prediction.points else None,
+            example=plots.example(r.example) if r.example else None,
+            strip=strip(r.example) if r.example else [],
+            stages=stages(timings),
+            total_seconds=(timings or {}).get("total", {}).get("seconds"),
+            peak_bytes=(timings or {}).get("total", {}).get("peak_bytes"),
+            parameters=json.dumps(r.parameters, indent=2),
+            model=str(r.parameters.get("model", "")).rstrip("/").rpartition("/")[2],
+            server=json.dumps(r.server, indent=2),
+        )
+    )
+
+
+def _environment() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
@@ -70,26 +98,28 @@ def render(results: Results, timings: dict[str, Any] | None = None) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(figure=figure, wanted=wanted, criterion=criterion_value)
-    r = results
-    return environment.get_template("report.html.j2").render(
-        r=r,
-        cards=cards(r),
-        verdict=verdict(r),
-        kept_names=KEPT_NAMES,
-        modes=[m for m in KEPT_NAMES if any(row.mode == m for row in r.control)],
-        best=best_cells(r.control),
-        scatter=plots.scatter(r),
-        trade_off=plots.trade_off(r.trade_off) if r.trade_off else None,
-        prediction=plots.prediction(r.prediction) if r.prediction and r.prediction.points else None,
-        example=plots.example(r.example) if r.example else None,
-        strip=strip(r.example) if r.example else [],
-        stages=stages(timings),
-        total_seconds=(timings or {}).get("total", {}).get("seconds"),
-        peak_bytes=(timings or {}).get("total", {}).get("peak_bytes"),
-        parameters=json.dumps(r.parameters, indent=2),
-        model=str(r.parameters.get("model", "")).rstrip("/").rpartition("/")[2],
-        server=json.dumps(r.server, indent=2),
+    return environment
+
+
+def render_outcome(outcome: Outcome) -> str:
+    """The page of any other evaluation than `control`: summary, figures, tables."""
+    return str(
+        _environment()
+        .get_template("outcome.html.j2")
+        .render(
+            o=outcome,
+            figures=[(plot.title, plots.drawn(plot)) for plot in outcome.plots],
+            cell=cell,
+            parameters=json.dumps(outcome.parameters, indent=2, ensure_ascii=False),
+        )
     )
+
+
+def cell(value: Cell, digits: int) -> str:
+    """HTML of a table's cell."""
+    if value is None or isinstance(value, Estimate):
+        return figure(value, digits)
+    return f"{value:.{digits}f}".replace("-", "−") if isinstance(value, float) else str(value)
 
 
 def figure(estimate: Estimate | None, digits: int = 1, unit: str = "") -> str:
@@ -216,7 +246,7 @@ def write_report(directory: Path, out: Path, timings: Path | None = None) -> Non
     """Read results.json of an evaluation and write the page.
 
     Args:
-        directory: output directory of `lenvm eval control`, or a pipeline's directory that holds `evaluation/`.
+        directory: output directory of any command of `lenvm eval`, or a pipeline's directory that holds `evaluation/`.
         out: the HTML file.
         timings: the pipeline's timings.json; default: the one in `directory` or beside it, if there is one.
 
@@ -227,6 +257,10 @@ def write_report(directory: Path, out: Path, timings: Path | None = None) -> Non
 
     if not (directory / "results.json").is_file() and (directory / "evaluation" / "results.json").is_file():
         directory = directory / "evaluation"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if is_outcome(directory / "results.json"):
+        out.write_text(render_outcome(read_outcome(directory / "results.json")), encoding="utf-8")
+        return
     results = read_results(directory / "results.json")
     if timings is not None and not timings.is_file():
         raise EvaluationError(f"there is no {timings}; give the pipeline's timings.json or leave --timings out.")
@@ -234,7 +268,6 @@ def write_report(directory: Path, out: Path, timings: Path | None = None) -> Non
         (p for p in (directory / "timings.json", directory.parent / "timings.json") if p.is_file()), None
     )
     page = render(results, json.loads(found.read_text(encoding="utf-8")) if found else None)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lenvm.sampling import defaults
+
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from lenvm.sampling.prompts import Reading
+    from lenvm.sampling.shards import Shard
 
 
 class ApiName(str, Enum):
@@ -25,22 +30,39 @@ class ApiName(str, Enum):
 
 def sample(
     prompts: Annotated[
-        Path, typer.Argument(help="JSONL: `id`, `messages` and anything else, which is kept as `meta`.")
+        Path,
+        typer.Argument(
+            help="JSONL or parquet file, or dataset directory: `id`, `messages`, and anything else, kept as `meta`."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="JSONL file of completions; continued if it is there.")],
-    server: Annotated[str, typer.Option(help="Address of the server, with or without /v1.")] = "http://127.0.0.1:30000",
+    server: Annotated[
+        list[str], typer.Option(help="Address of the server, with or without /v1; several share the work.")
+    ] = ["http://127.0.0.1:30000"],  # noqa: B006 (typer copies it)
     api: Annotated[
         ApiName, typer.Option(help="sglang: /generate, token ids in and out. openai: /v1/chat/completions.")
     ] = ApiName.sglang,
-    n: Annotated[int, typer.Option("--n", min=1, help="Completions a prompt.")] = 8,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    top_k: Annotated[int, typer.Option(min=-1, help="-1 is off.")] = -1,
-    min_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="A completion that reaches it is cut.")] = 300,
-    seed: Annotated[int, typer.Option(min=0, help="Every completion's own seed derives from it.")] = 1,
-    concurrency: Annotated[int, typer.Option(min=1, help="Completions in flight.")] = 64,
+    n: Annotated[int, typer.Option("--n", min=1, help="Completions a prompt.")] = defaults.N,
+    temperature: Annotated[float, typer.Option(min=0.0)] = defaults.TEMPERATURE,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = defaults.TOP_P,
+    top_k: Annotated[int, typer.Option(min=-1, help="-1 is off.")] = defaults.TOP_K,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = defaults.MIN_P,
+    max_tokens: Annotated[int, typer.Option(min=1, help="A completion that reaches it is cut.")] = defaults.MAX_TOKENS,
+    seed: Annotated[int, typer.Option(min=0, help="Every completion's own seed derives from it.")] = defaults.SEED,
+    concurrency: Annotated[int, typer.Option(min=1, help="Completions in flight.")] = defaults.CONCURRENCY,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
+    columns: Annotated[
+        str, typer.Option(help="Other names of columns, e.g. prompt=question,id=uuid (id, messages, prompt, system).")
+    ] = "",
+    split: Annotated[str | None, typer.Option(help="Which split of a dataset directory.")] = None,
+    instruction: Annotated[str, typer.Option(help="Line before each `prompt` of a column map.")] = "",
+    first_turn: Annotated[
+        bool, typer.Option("--first-turn", help="Keep conversations up to the first user message.")
+    ] = False,
+    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Leave out prompts that occurred before.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="Draw part i of n, e.g. 2/4; `lenvm merge` puts the parts together.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model name; default: the server's first.")] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer directory; default with sglang: the one the server names.")
@@ -48,8 +70,8 @@ def sample(
     template: Annotated[
         str | None, typer.Option(help="Arguments of the chat template as JSON, e.g. '{\"enable_thinking\": false}'.")
     ] = None,
-    retries: Annotated[int, typer.Option(min=0, help="After 429, 5xx and connection errors.")] = 5,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds one request may take.")] = 600.0,
+    retries: Annotated[int, typer.Option(min=0, help="After 429, 5xx and connection errors.")] = defaults.RETRIES,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds one request may take.")] = defaults.TIMEOUT,
 ) -> None:
     """Draw n completions of each prompt from a running server, with their exact token ids.
 
@@ -59,7 +81,9 @@ def sample(
     from rich.console import Console
 
     from lenvm.sampling.errors import SamplingError
+    from lenvm.sampling.prompts import Reading
     from lenvm.sampling.settings import SamplingSettings
+    from lenvm.sampling.shards import Shard
 
     console = Console(stderr=True)
     try:
@@ -75,7 +99,22 @@ def sample(
             retries=retries,
             timeout=timeout,
         )
-        failed = run(prompts, out, server, api.value, settings, console, limit, model, tokenizer, _template(template))
+        reading = Reading(_columns(columns), instruction, first_turn, deduplicate, split)
+        part = None if shard is None else Shard.parse(shard)
+        failed = run(
+            prompts,
+            out,
+            server,
+            api.value,
+            settings,
+            console,
+            limit,
+            model,
+            tokenizer,
+            _template(template),
+            reading,
+            part,
+        )
     except ValidationError as error:
         first = error.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
@@ -94,7 +133,7 @@ def sample(
 def run(
     prompts_file: Path,
     out: Path,
-    url: str,
+    url: str | Sequence[str],
     api: str,
     settings: Any,
     console: Console,
@@ -102,6 +141,8 @@ def run(
     model: str | None = None,
     tokenizer: Path | None = None,
     template: dict[str, Any] | None = None,
+    reading: Reading | None = None,
+    shard: Shard | None = None,
 ) -> dict[str, str]:
     """Sample with a progress bar and a line of statistics.
 
@@ -112,17 +153,19 @@ def run(
         SamplingError: if nothing can be drawn.
     """
     from lenvm.sampling.log import read_rows
+    from lenvm.sampling.pool import ServerPool
     from lenvm.sampling.prompts import read_prompts
     from lenvm.sampling.run import sample as draw
     from lenvm.sampling.servers import OpenAIServer, SglangServer
     from lenvm.sampling.statistics import summarise
 
-    prompts = read_prompts(prompts_file, limit)
+    prompts = read_prompts(prompts_file, limit, reading)
     kind = SglangServer if api == "sglang" else OpenAIServer
-    asked = kind(url, settings, tokenizer, model, template)
+    urls = [url] if isinstance(url, str) else url
+    pool = ServerPool([kind(one, settings, tokenizer, model, template) for one in urls])
     began = time.perf_counter()
     with progress_bar(console) as notify:
-        result = draw(prompts, out, asked, settings, notify)
+        result = draw(prompts, out, pool, settings, notify, shard)
     seconds = time.perf_counter() - began
     if result.repaired:
         console.print(f"{out}: a torn last line of {result.repaired} bytes was cut off.", markup=False, soft_wrap=True)
@@ -185,6 +228,13 @@ def progress_bar(console: Console) -> Iterator[Callable[[int, int, int], None]]:
             bars.update(task, completed=done, total=total, speed=speed(tokens))
 
         yield update
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    if any(not equals or not name.strip() or not column.strip() for name, equals, column in pairs):
+        raise typer.BadParameter(f"--columns takes name=column,name=column, got {text!r}.")
+    return {name.strip(): column.strip() for name, _, column in pairs}
 
 
 def _template(text: str | None) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,7 @@ class CompletionLog:
     @property
     def sidecar(self) -> Path:
         """Where the parameters are kept."""
-        return self.path.with_name(self.path.name + ".meta.json")
+        return sidecar_of(self.path)
 
     def __enter__(self) -> CompletionLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,17 +74,26 @@ class CompletionLog:
         self.tokens += len(row["completion_token_ids"])
 
     def finish(self, prompt_ids: Sequence[str]) -> None:
-        """Sort the rows by prompt and sample, so that the file does not depend on which answer came first."""
+        """Sort the rows by prompt and sample, so that the file does not depend on which answer came first.
+
+        Rows stay on the disk; what is held of each is its place.
+        """
         place = {prompt_id: i for i, prompt_id in enumerate(prompt_ids)}
-        lines: list[bytes] = self.path.read_bytes().splitlines(keepends=True)
-
-        def order(line: bytes) -> tuple[int, int]:
-            row = json.loads(line)
-            return place[row["prompt_id"]], row["sample"]
-
+        order: list[tuple[int, int, int, int]] = []  # prompt, sample, where the line begins, its length
+        offset = 0
+        with self.path.open("rb") as lines:
+            for line in lines:
+                row = json.loads(line)
+                order.append((place[row["prompt_id"]], row["sample"], offset, len(line)))
+                offset += len(line)
+        if all(a <= b for a, b in itertools.pairwise(order)):
+            return
+        order.sort()
         temporary = self.path.with_name(self.path.name + ".sorted")
-        lines.sort(key=order)
-        temporary.write_bytes(b"".join(lines))
+        with self.path.open("rb") as unsorted, temporary.open("wb") as done:
+            for _, _, start, length in order:
+                unsorted.seek(start)
+                done.write(unsorted.read(length))
         os.replace(temporary, self.path)
 
     def _check_parameters(self, empty: bool) -> None:
@@ -136,6 +146,11 @@ class CompletionLog:
         self.repaired = file.seek(0, os.SEEK_END) - good
         file.truncate(good)
         file.seek(0, os.SEEK_END)
+
+
+def sidecar_of(path: Path) -> Path:
+    """The file with the parameters of a file of completions."""
+    return path.with_name(path.name + ".meta.json")
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

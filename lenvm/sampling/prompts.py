@@ -1,15 +1,19 @@
-"""Prompt files: one JSON object a line with `id`, `messages` and whatever else should travel to the samples."""
+"""Prompts: `id`, `messages` and whatever else should travel to the samples, from any source of rows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lenvm.sampling.errors import SamplingError
+from lenvm.sampling.sources import read_source
+
+FIELDS = ("id", "messages", "prompt", "system")
+"""What a column map can name."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Prompt:
     Attributes:
         id: unique in its file.
         messages: chat messages, the last of them the user's.
-        meta: the line's other keys, kept under "meta" in every sample of it.
+        meta: the row's other keys, kept under "meta" in every sample of it.
     """
 
     id: str
@@ -27,59 +31,130 @@ class Prompt:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """Read and check a prompt file.
+@dataclass(frozen=True)
+class Reading:
+    """How rows become prompts.
+
+    Attributes:
+        columns: our name -> the source's column, for `id`, `messages`, `prompt` (a text, which becomes the user's
+            message) and `system`. Without a column for `id` rows are numbered.
+        instruction: put before a `prompt`, on a line of its own.
+        first_turn: keep a conversation up to its first user message (WildChat).
+        deduplicate: leave out prompts whose messages occurred before.
+        split: of a dataset directory.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    instruction: str = ""
+    first_turn: bool = False
+    deduplicate: bool = False
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.columns) - set(FIELDS))
+        if unknown:
+            raise SamplingError(f"a column map knows {', '.join(FIELDS)}, got {unknown[0]!r}.")
+        if "messages" in self.columns and "prompt" in self.columns:
+            raise SamplingError("a column map names either `messages` or `prompt`, got both.")
+
+
+def read_prompts(path: Path, limit: int | None = None, reading: Reading | None = None) -> list[Prompt]:
+    """Read and check prompts.
 
     Args:
-        path: JSONL file.
-        limit: only the first so many.
+        path: JSONL or parquet file, or dataset directory.
+        limit: only the first so many (duplicates that are left out do not count).
+        reading: how rows become prompts; default: `id` and `messages` as they are.
 
     Raises:
-        SamplingError: for a missing or empty file, a line that is no prompt, or an id that occurs twice.
+        SamplingError: for a missing or empty source, a row that is no prompt, or an id that occurs twice.
     """
-    if not path.is_file():
-        raise SamplingError(f"there is no prompt file {path}; give a JSONL file with `id` and `messages` on each line.")
+    how = reading or Reading()
     prompts: list[Prompt] = []
-    seen: dict[str, int] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if limit is not None and len(prompts) >= limit:
-                break
-            if not line.strip():
+    seen: dict[str, str] = {}
+    texts: set[bytes] = set()
+    for number, (where, row) in enumerate(read_source(path, how.split)):
+        if limit is not None and len(prompts) >= limit:
+            break
+        prompt = _prompt(row, where, how, number)
+        if how.deduplicate:
+            key = hashlib.blake2b(json.dumps(prompt.messages, sort_keys=True).encode(), digest_size=16).digest()
+            if key in texts:
                 continue
-            prompt = _prompt(line, f"{path}, line {number}")
-            if prompt.id in seen:
-                raise SamplingError(
-                    f"{path}, line {number} repeats the id {prompt.id!r} of line {seen[prompt.id]}; ids must be unique."
-                )
-            seen[prompt.id] = number
-            prompts.append(prompt)
+            texts.add(key)
+        if prompt.id in seen:
+            raise SamplingError(f"{where} repeats the id {prompt.id!r} of {seen[prompt.id]}; ids must be unique.")
+        seen[prompt.id] = where.rpartition(", ")[2]
+        prompts.append(prompt)
     if not prompts:
         raise SamplingError(f"{path} holds no prompt; give a JSONL file with `id` and `messages` on each line.")
     return prompts
 
 
-def _prompt(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SamplingError(f"{where} is not JSON ({error.msg}); repair or remove it.") from None
-    if not isinstance(row, dict) or "id" not in row or "messages" not in row:
-        got = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-        raise SamplingError(f"{where} must be an object with `id` and `messages`, got {got}.")
-    messages = row["messages"]
+def _prompt(row: Any, where: str, how: Reading, number: int) -> Prompt:
+    if not isinstance(row, dict):
+        raise SamplingError(f"{where} must be an object with `id` and `messages`, got {type(row).__name__}.")
+    columns = {"id": "id", **({} if "prompt" in how.columns else {"messages": "messages"}), **how.columns}
+    numbered = how.columns and "id" not in how.columns and "id" not in row
+    missing = [c for name, c in columns.items() if c not in row and not (name == "id" and numbered)]
+    if missing:
+        raise SamplingError(
+            f"{where} must be an object with {' and '.join(f'`{c}`' for c in columns.values())}, got "
+            f"{', '.join(sorted(row))}; --columns maps other names."
+        )
+    messages = _messages(row, columns, how, where)
+    if "system" in how.columns and row[how.columns["system"]]:
+        messages = [{"role": "system", "content": str(row[how.columns["system"]])}, *messages]
+    meta = {k: v for k, v in row.items() if k not in columns.values()}
+    return Prompt(str(number) if numbered else str(row[columns["id"]]), messages, _plain(meta, where))
+
+
+def _messages(row: dict[str, Any], columns: Mapping[str, str], how: Reading, where: str) -> list[dict[str, Any]]:
+    if "prompt" in columns:
+        text = row[columns["prompt"]]
+        if not isinstance(text, str) or not text.strip():
+            raise SamplingError(f"{where}: `{columns['prompt']}` must be a text, got {text!r}.")
+        return [{"role": "user", "content": f"{how.instruction}\n{text}" if how.instruction else text}]
+    name, messages = columns["messages"], row[columns["messages"]]
     good = isinstance(messages, list) and all(isinstance(m, dict) and "role" in m and "content" in m for m in messages)
     if not good or not messages:
-        raise SamplingError(f"{where}: `messages` must be a list of objects with `role` and `content`, not empty.")
+        raise SamplingError(f"{where}: `{name}` must be a list of objects with `role` and `content`, not empty.")
+    if how.first_turn:
+        ends = [i for i, m in enumerate(messages) if m["role"] == "user"]
+        if not ends:
+            raise SamplingError(f"{where}: `{name}` has no message of the user.")
+        # a dataset keeps dates, languages and the like in each message; a chat template wants role and content
+        return [{"role": m["role"], "content": m["content"]} for m in messages[: ends[0] + 1]]
     if messages[-1]["role"] == "assistant":
-        raise SamplingError(f"{where}: the last message is the assistant's; a prompt must end before the answer.")
-    return Prompt(str(row["id"]), messages, {k: v for k, v in row.items() if k not in ("id", "messages")})
+        raise SamplingError(
+            f"{where}: the last message is the assistant's; a prompt must end before the answer "
+            "(--first-turn keeps the first question alone)."
+        )
+    return messages
+
+
+def _plain(meta: dict[str, Any], where: str) -> dict[str, Any]:
+    """Only what JSON can hold: dates of a parquet file become text; bytes are refused."""
+    try:
+        return dict(json.loads(json.dumps(meta, default=_text)))
+    except TypeError as error:
+        raise SamplingError(f"{where}: {error}; leave that column out of the file.") from None
+
+
+def _text(value: Any) -> str:
+    if hasattr(value, "isoformat"):
+        return str(value.isoformat())
+    raise TypeError(f"a value of type {type(value).__name__} cannot travel to the samples")
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """Of ids and messages: what decides the samples."""
-    text = json.dumps([[p.id, p.messages] for p in prompts], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Of ids and messages: what decides the samples. The digest is that of one JSON list, made piece by piece."""
+    digest = hashlib.sha256(b"[")
+    for i, p in enumerate(prompts):
+        text = json.dumps([p.id, p.messages], sort_keys=True, ensure_ascii=False)
+        digest.update(f"{', ' if i else ''}{text}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def sample_seed(seed: int, prompt_id: str, sample: int) -> int:

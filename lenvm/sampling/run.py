@@ -12,9 +12,11 @@ import httpx
 
 from lenvm.sampling.errors import SamplingError
 from lenvm.sampling.log import CompletionLog
+from lenvm.sampling.pool import Source
 from lenvm.sampling.prompts import Prompt, prompts_hash, sample_seed
-from lenvm.sampling.servers import Completion, Server, api_key_header
+from lenvm.sampling.servers import Completion, api_key_header
 from lenvm.sampling.settings import SamplingSettings
+from lenvm.sampling.shards import Shard
 from lenvm.sampling.transport import RequestFailedError
 
 MAX_REFUSALS = 20
@@ -44,7 +46,12 @@ class SamplingResult:
 
 
 def sample(
-    prompts: Sequence[Prompt], out: Path, server: Server, settings: SamplingSettings, notify: Notify | None = None
+    prompts: Sequence[Prompt],
+    out: Path,
+    server: Source,
+    settings: SamplingSettings,
+    notify: Notify | None = None,
+    shard: Shard | None = None,
 ) -> SamplingResult:
     """Draw the completions of all prompts that `out` does not have yet.
 
@@ -54,34 +61,48 @@ def sample(
         server: who draws.
         settings: how.
         notify: progress.
+        shard: draw only this part of the prompts.
 
     Raises:
-        SamplingError: if the server cannot be used or is gone, or `out` cannot be continued. What was drawn is kept.
+        SamplingError: if the shard holds no prompt, the server cannot be used or is gone, or `out` cannot be continued.
+            What was drawn is kept.
     """
-    return asyncio.run(_sample(prompts, out, server, settings, notify or (lambda *_: None)))
+    # of all prompts, whichever part of them is drawn here
+    parameters: dict[str, Any] = {"prompts": prompts_hash(prompts)}
+    if shard is not None:
+        whole, prompts = len(prompts), shard.of_list(prompts)
+        if not prompts:
+            raise SamplingError(f"shard {shard.index}/{shard.of} of {whole} prompts holds none; use fewer shards.")
+        parameters["shard"] = {"index": shard.index, "of": shard.of, "prompts": len(prompts)}
+    return asyncio.run(_sample(prompts, out, server, settings, notify or (lambda *_: None), parameters))
 
 
 async def _sample(
-    prompts: Sequence[Prompt], out: Path, server: Server, settings: SamplingSettings, notify: Notify
+    prompts: Sequence[Prompt],
+    out: Path,
+    server: Source,
+    settings: SamplingSettings,
+    notify: Notify,
+    parameters: dict[str, Any],
 ) -> SamplingResult:
     limits = httpx.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
     timeout = httpx.Timeout(settings.timeout, connect=min(10.0, settings.timeout))
     async with httpx.AsyncClient(limits=limits, timeout=timeout, headers=api_key_header()) as client:
         await server.open(client, prompts[0])
-        with CompletionLog(out, _parameters(prompts, server, settings)) as log:
+        with CompletionLog(out, {**parameters, **_parameters(server, settings)}) as log:
             result = SamplingResult(kept=len(log.done), repaired=log.repaired, notes=list(server.notes))
             total = len(prompts) * settings.n
             notify(len(log.done), total, 0)
             await _draw_missing(prompts, client, server, settings, log, result, notify)
+            result.notes = list(server.notes)  # a server may have gone away meanwhile
             if len(log.done) == total:
                 log.finish([p.id for p in prompts])
     return result
 
 
-def _parameters(prompts: Sequence[Prompt], server: Server, settings: SamplingSettings) -> dict[str, Any]:
+def _parameters(server: Source, settings: SamplingSettings) -> dict[str, Any]:
     """What must be the same when a file is continued. The address and the concurrency may change."""
     return {
-        "prompts": prompts_hash(prompts),
         "model": server.model,
         "n": settings.n,
         **settings.distribution(),
@@ -103,7 +124,7 @@ def _groups(
 async def _draw_missing(
     prompts: Sequence[Prompt],
     client: httpx.AsyncClient,
-    server: Server,
+    server: Source,
     settings: SamplingSettings,
     log: CompletionLog,
     result: SamplingResult,

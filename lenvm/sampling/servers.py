@@ -47,13 +47,23 @@ class Server(ABC):
     group = 1
     """Completions of one prompt that go into one request."""
 
-    def __init__(self, url: str, settings: SamplingSettings, model: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        settings: SamplingSettings,
+        tokenizer: Path | None = None,
+        model: str | None = None,
+        template: dict[str, Any] | None = None,
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.settings = settings
         self.model = model or ""
         self.token_ids = "server"
         self.seeds_honoured: bool | None = None
         self.notes: list[str] = []
+        self._directory = tokenizer
+        self._template = template
+        self._tokenizer: PromptTokenizer | None = None
 
     @abstractmethod
     async def open(self, client: httpx.AsyncClient, first: Prompt) -> None:
@@ -63,12 +73,34 @@ class Server(ABC):
             SamplingError: if the server cannot be used.
         """
 
-    @abstractmethod
     async def draw(self, client: httpx.AsyncClient, prompt: Prompt, samples: Sequence[int]) -> list[Completion]:
-        """The completions with these numbers.
+        """The completions with these numbers, `group` of them a request.
 
         Raises:
             RequestFailedError: if the server refuses or cannot be reached.
+        """
+        drawn: list[Completion] = []
+        for start in range(0, len(samples), self.group):
+            part = samples[start : start + self.group]
+            answer = await post_json(client, self._address, self._request(prompt, part), self.settings.retries)
+            drawn += self._completions(prompt, part, answer)
+        return drawn
+
+    @property
+    @abstractmethod
+    def _address(self) -> str:
+        """Where requests go."""
+
+    @abstractmethod
+    def _request(self, prompt: Prompt, samples: Sequence[int]) -> dict[str, Any]:
+        """The body of a request for at most `group` completions."""
+
+    @abstractmethod
+    def _completions(self, prompt: Prompt, samples: Sequence[int], answer: Any) -> list[Completion]:
+        """What came back for it, checked.
+
+        Raises:
+            RequestFailedError: if it is not what was asked for.
         """
 
     async def alive(self, client: httpx.AsyncClient) -> bool:
@@ -103,19 +135,6 @@ class SglangServer(Server):
 
     group = 8
 
-    def __init__(
-        self,
-        url: str,
-        settings: SamplingSettings,
-        tokenizer: Path | None = None,
-        model: str | None = None,
-        template: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(url, settings, model)
-        self._directory = tokenizer
-        self._template = template
-        self._tokenizer: PromptTokenizer | None = None
-
     async def open(self, client: httpx.AsyncClient, first: Prompt) -> None:
         info = await get_json(client, f"{self.url}/server_info")
         if not isinstance(info, dict) or "model_path" not in info:
@@ -132,10 +151,16 @@ class SglangServer(Server):
                 )
         self._tokenizer = PromptTokenizer(self._directory, self._template)
 
-    async def draw(self, client: httpx.AsyncClient, prompt: Prompt, samples: Sequence[int]) -> list[Completion]:
+    @property
+    def _address(self) -> str:
+        return f"{self.url}/generate"
+
+    def _ids(self, prompt: Prompt) -> list[int]:
         if self._tokenizer is None:
             raise RuntimeError("open the server first")
-        ids = self._tokenizer.prompt_ids(prompt.messages)
+        return self._tokenizer.prompt_ids(prompt.messages)
+
+    def _request(self, prompt: Prompt, samples: Sequence[int]) -> dict[str, Any]:
         s = self.settings
         common = {
             "temperature": s.temperature,
@@ -144,16 +169,18 @@ class SglangServer(Server):
             "min_p": s.min_p,
             "max_new_tokens": s.max_tokens,
         }
-        body = {
-            "input_ids": [ids] * len(samples),
+        return {
+            "input_ids": [self._ids(prompt)] * len(samples),
             "sampling_params": [{**common, "sampling_seed": sample_seed(s.seed, prompt.id, k)} for k in samples],
         }
-        answers = await post_json(client, f"{self.url}/generate", body, s.retries)
-        if not isinstance(answers, list) or len(answers) != len(samples):
+
+    def _completions(self, prompt: Prompt, samples: Sequence[int], answer: Any) -> list[Completion]:
+        if not isinstance(answer, list) or len(answer) != len(samples):
             raise RequestFailedError(
                 f"/generate answered {len(samples)} prompts with something else than as many completions"
             )
-        return [self._completion(ids, answer) for answer in answers]
+        ids = self._ids(prompt)
+        return [self._completion(ids, one) for one in answer]
 
     @staticmethod
     def _completion(ids: list[int], answer: dict[str, Any]) -> Completion:
@@ -175,19 +202,7 @@ class OpenAIServer(Server):
     is tokenised again if a tokenizer is given, which is recorded.
     """
 
-    def __init__(
-        self,
-        url: str,
-        settings: SamplingSettings,
-        tokenizer: Path | None = None,
-        model: str | None = None,
-        template: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(url, settings, model)
-        self._directory = tokenizer
-        self._template = template
-        self._tokenizer: PromptTokenizer | None = None
-        self._ask_ids = True
+    _ask_ids = True
 
     async def open(self, client: httpx.AsyncClient, first: Prompt) -> None:
         self.model = self.model or await self._name(client)
@@ -195,15 +210,15 @@ class OpenAIServer(Server):
         if isinstance(info, dict) and "enable_deterministic_inference" in info:
             self._note_seeds(info)
         try:
-            response = await client.post(self._url, json={**self._body(first, 0), "max_tokens": 1})
+            response = await client.post(self._address, json={**self._request(first, [0]), "max_tokens": 1})
             if response.status_code == 400 and "return_token_ids" in response.text:
                 self._ask_ids = False
             elif not response.is_success:
-                raise SamplingError(f"{self._url} refuses: HTTP {response.status_code}: {error_text(response)}")
+                raise SamplingError(f"{self._address} refuses: HTTP {response.status_code}: {error_text(response)}")
             elif token_ids_of(response.json()) is not None:
                 return
         except httpx.TransportError as error:
-            raise SamplingError(f"{self._url} cannot be reached ({error}); check --server.") from None
+            raise SamplingError(f"{self._address} cannot be reached ({error}); check --server.") from None
         if self._directory is None:
             raise SamplingError(
                 f"{self.url} returns no token ids; give --tokenizer DIR to tokenise the texts again (inexact), "
@@ -217,11 +232,12 @@ class OpenAIServer(Server):
         )
 
     @property
-    def _url(self) -> str:
+    def _address(self) -> str:
         return f"{self.url}/v1/chat/completions"
 
-    def _body(self, prompt: Prompt, sample: int) -> dict[str, Any]:
+    def _request(self, prompt: Prompt, samples: Sequence[int]) -> dict[str, Any]:
         s = self.settings
+        (sample,) = samples
         body: dict[str, Any] = {
             "model": self.model,
             "messages": prompt.messages,
@@ -241,14 +257,7 @@ class OpenAIServer(Server):
             body["chat_template_kwargs"] = self._template
         return body
 
-    async def draw(self, client: httpx.AsyncClient, prompt: Prompt, samples: Sequence[int]) -> list[Completion]:
-        drawn: list[Completion] = []
-        for sample in samples:
-            answer = await post_json(client, self._url, self._body(prompt, sample), self.settings.retries)
-            drawn.append(self._completion(prompt, answer))
-        return drawn
-
-    def _completion(self, prompt: Prompt, answer: Any) -> Completion:
+    def _completions(self, prompt: Prompt, samples: Sequence[int], answer: Any) -> list[Completion]:
         try:
             choice = answer["choices"][0]
             text = choice["message"]["content"] or ""
@@ -260,13 +269,13 @@ class OpenAIServer(Server):
         if self._tokenizer is not None:
             ids = self._tokenizer.prompt_ids(prompt.messages)
             made = self._tokenizer.completion_ids(text, stopped=finish == "stop")
-            return Completion(ids, text, made, finish, True, counted)
+            return [Completion(ids, text, made, finish, True, counted)]
         found = token_ids_of(answer)
         if found is None:
             raise RequestFailedError("the answer has no token ids although the server gave some before")
         if len(found[1]) != counted:
             raise RequestFailedError(f"the answer has {len(found[1])} token ids but counts {counted} completion tokens")
-        return Completion(found[0], text, found[1], finish, False, counted)
+        return [Completion(found[0], text, found[1], finish, False, counted)]
 
 
 def token_ids_of(answer: Any) -> tuple[list[int], list[int]] | None:

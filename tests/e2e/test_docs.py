@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -53,23 +54,38 @@ def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> li
         "train.jsonl": str(demo.folder / "samples" / "train.jsonl"),
         "lenvm-1.5b": str(folder / "converted"),
         "PUBLISHED": str(folder / "published"),
+        "BASE": str(demo.base),
+        "LENVM": str(demo.lenvm),
+        "samples.jsonl": str(demo.folder / "samples" / "test.jsonl"),
+        "lifebench.jsonl": str(folder / "lifebench.jsonl"),
+        "gsm8k_test.jsonl": str(folder / "gsm8k_test.jsonl"),
     }
+    if words[1:2] == ["eval"]:
+        item = {"category": "qa", "lang": "en", "task": "Say. It must be {word_count_type} {word_count} words long."}
+        (folder / "lifebench.jsonl").write_text("".join(json.dumps({"id": i, **item}) + "\n" for i in range(2)))
+        problem = {"question": "1 + 1?", "answer": "#### 2"}
+        (folder / "gsm8k_test.jsonl").write_text(f"{json.dumps(problem)}\n" * 3)
     out = [places.get(word, word) for word in words]
     for i, word in enumerate(out):
         if word == "--server":
             out[i + 1] = server.url + ("/v1" if out[i + 1].endswith("/v1") else "")
         if word == "--out":
             out[i + 1] = str(folder / Path(out[i + 1]).name)
-        small = {"--n": "1", "--max-tokens": "40", "--validation": "0.4", "--test": "0.3"}
+        small = {
+            "--n": "1", "--max-tokens": "40", "--validation": "0.4", "--test": "0.3", "--targets": "8,16",
+            "--passes": "1,2", "--budgets": "10,20",
+        }  # fmt: skip
+        if word == "--samples" and out[i + 1].isdigit():
+            out[i + 1] = "2"
         if word in small:
             out[i + 1] = small[word]
     if words[1:3] == ["convert", "PUBLISHED"]:  # nobody's weights are here: make a checkpoint in that layout
         run(sys.executable, "-m", "lenvm", "convert", str(demo.lenvm), places["PUBLISHED"], "--to", "published")
-    if "sample" in out and "--tokenizer" not in out:
+    if out[1] == "sample" and "--tokenizer" not in out:
         out += ["--tokenizer", str(demo.base)]
-    if "distill" in out:
+    if out[1] == "distill":
         out += ["--epochs", "0.2", "--rank", "16"]
-    return [*out, "--limit", "3"] if "sample" in out else out
+    return [*out, "--limit", "3"] if out[1] == "sample" else out
 
 
 @pytest.mark.parametrize(("page", "command"), commands(), ids=lambda value: value[:60])

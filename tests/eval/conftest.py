@@ -121,6 +121,15 @@ def _app(server: FakeServer, tokenizer: PreTrainedTokenizerFast) -> FastAPI:
     def info() -> dict[str, Any]:
         return {"gamma": 0.98}
 
+    @app.post("/lenvm/values")
+    async def values(http: Request) -> dict[str, Any]:
+        data = []
+        for i, item in enumerate((await http.json())["items"]):
+            left = [float(n) for n in range(len(item["completion"]), -1, -1)]
+            quantiles = dict.fromkeys(("p10", "p50", "p90"), left)
+            data.append({"index": i, "values": [0.98**n - 1 for n in left], "remaining": left, "quantiles": quantiles})
+        return {"object": "list", "data": data}
+
     @app.post("/v1/chat/completions")
     async def chat(http: Request) -> Any:
         body = await http.json()
@@ -132,7 +141,9 @@ def _app(server: FakeServer, tokenizer: PreTrainedTokenizerFast) -> FastAPI:
         except LengthFieldError as error:
             return JSONResponse({"error": {"message": str(error), "param": error.param, "code": 400}}, 400)
         number = int(body["messages"][-1]["content"].split()[0][1:])
-        ids = answer_ids(number, min(server.lengths(body), body["max_tokens"]), right=body["seed"] % 4 != 0)
+        ids = answer_ids(number, server.lengths(body), right=body["seed"] % 4 != 0)
+        finish = "stop" if len(ids) <= body["max_tokens"] else "length"
+        ids = ids[: body["max_tokens"]]
         report: dict[str, Any] | None = None
         if request is not None:
             report = {"predicted_length": 30.0, "target": request.target, "achieved": len(ids)}
@@ -141,8 +152,8 @@ def _app(server: FakeServer, tokenizer: PreTrainedTokenizerFast) -> FastAPI:
         return {
             "id": "x", "object": "chat.completion", "created": 0, "model": "tiny",
             "choices": [{
-                "index": 0, "finish_reason": "stop", "response_token_ids": ids if body["return_token_ids"] else None,
-                "message": {"role": "assistant", "content": tokenizer.decode(ids[:-1])},
+                "index": 0, "finish_reason": finish, "response_token_ids": ids if body["return_token_ids"] else None,
+                "message": {"role": "assistant", "content": tokenizer.decode(ids[:-1] if finish == "stop" else ids)},
                 **({"lenvm": report} if report else {}),
             }],
             "usage": {"prompt_tokens": 4, "completion_tokens": len(ids), "total_tokens": 4 + len(ids)},

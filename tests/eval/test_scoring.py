@@ -12,7 +12,7 @@ from lenvm.bins import LengthBins
 from lenvm.definitions import length_from_logit
 from lenvm.evaluation.data import read_natural
 from lenvm.evaluation.errors import EvaluationError
-from lenvm.evaluation.scoring import _buckets, base_log_probs, predict_at_prompt
+from lenvm.evaluation.scoring import base_log_probs, buckets, predict_at_prompt
 from lenvm.format import LenvmConfig, LookaheadShape
 from lenvm.heads import LookaheadHead
 from lenvm.modeling import LengthValueModel
@@ -61,9 +61,9 @@ def test_a_text_of_another_vocabulary_is_refused(world):
         base_log_probs(world.base, [([1, 2], [100_000])])
 
 
-def test_buckets_hold_every_item_once_within_the_budget():
+def testbuckets_hold_every_item_once_within_the_budget():
     lengths = [5, 90, 7, 3, 40, 12, 200]
-    batches = list(_buckets(lengths, 100))
+    batches = list(buckets(lengths, 100))
     assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 100

@@ -1,0 +1,123 @@
+"""Rows of prompts from JSONL, parquet and Hugging Face dataset directories, one at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lenvm.sampling.errors import SamplingError
+
+BATCH = 512
+"""Rows of a parquet or Arrow file that are in memory at once."""
+
+Rows = Iterator[tuple[str, Any]]
+"""(place for messages, row)."""
+
+
+SPLIT = re.compile(r"(?:^|[/_.-])(train|training|test|validation|valid|val|dev)(?=[/_.-])")
+
+
+def read_source(path: Path, split: str | None = None) -> Rows:
+    """Rows of a file, or of all files of a dataset directory in the order of their names.
+
+    A directory is a dataset as `datasets` writes it with `save_to_disk` (Arrow files), or a copy of a dataset
+    repository (parquet or JSONL files, in any folder below).
+
+    Args:
+        path: `.jsonl` (or any other text file), `.parquet`, or a directory.
+        split: of a directory, where file or folder names tell several apart: they are never mixed.
+
+    Raises:
+        SamplingError: for what is not there, a directory without data or of several splits, or a file that cannot be
+            read.
+    """
+    if path.is_dir():
+        for file in _data_files(path, split):
+            yield from _file(file)
+        return
+    if not path.is_file():
+        raise SamplingError(f"there is no prompt file {path}; give a JSONL or parquet file, or a dataset directory.")
+    yield from _file(path)
+
+
+def _data_files(path: Path, split: str | None) -> list[Path]:
+    for suffix in (".arrow", ".parquet", ".jsonl"):
+        files = sorted(p for p in path.rglob(f"*{suffix}") if not p.name.startswith("."))
+        if suffix == ".arrow":  # the cache of `datasets.map` lies beside the data
+            files = [p for p in files if not p.name.startswith(("cache-", "tmp"))]
+        if files:
+            break
+    else:
+        raise SamplingError(f"{path} holds no .arrow, .parquet or .jsonl file; give the directory of a dataset.")
+    named = {p: SPLIT.search(p.relative_to(path).as_posix()) for p in files}
+    splits = sorted({match[1] for match in named.values() if match})
+    if split is None and len(splits) > 1:
+        raise SamplingError(f"{path} holds the splits {', '.join(splits)}; name one with --split.")
+    if split is None:
+        return files
+    if split not in splits:
+        raise SamplingError(f"{path} has no split {split!r}, it has {', '.join(splits) or 'none that a name tells'}.")
+    return [p for p, match in named.items() if match and match[1] == split]
+
+
+def _file(path: Path) -> Rows:
+    if path.suffix == ".parquet":
+        yield from _numbered(path, _parquet(path))
+    elif path.suffix == ".arrow":
+        yield from _numbered(path, _arrow(path))
+    else:
+        yield from _jsonl(path)
+
+
+def _jsonl(path: Path) -> Rows:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise SamplingError(f"{where} is not JSON ({error.msg}); repair or remove it.") from None
+            yield where, row
+
+
+def _numbered(path: Path, batches: Iterator[Any]) -> Rows:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path}, row {number}", row
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    pyarrow = _pyarrow()
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=BATCH)
+    except pyarrow.ArrowInvalid as error:
+        raise SamplingError(f"{path} is no parquet file ({str(error).splitlines()[0]}).") from None
+
+
+def _arrow(path: Path) -> Iterator[Any]:
+    pyarrow = _pyarrow()
+    try:
+        with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
+            for batch in stream:
+                for start in range(0, batch.num_rows, BATCH):
+                    yield batch.slice(start, BATCH)
+    except pyarrow.ArrowInvalid as error:
+        raise SamplingError(f"{path} is no Arrow file of `datasets` ({str(error).splitlines()[0]}).") from None
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise SamplingError("parquet and Arrow files need pyarrow; install lenvm[eval].") from None
+    return pyarrow

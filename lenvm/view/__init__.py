@@ -1,0 +1,1 @@
+"""`lenvm view`: answers with the predicted remaining length along their tokens, as one interactive HTML file."""
