@@ -52,7 +52,7 @@ class LengthValueTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.train_collator = train_collator or self.data_collator
+        self.train_collator = train_collator or self.data_collator  # type: ignore[has-type]
         self.lenvm = lenvm
         self.finetuning_args = finetuning_args
         # transformers then counts `labels != -100` over the whole optimizer step and does not rescale our loss

@@ -116,7 +116,7 @@ class SharedPrefixBackend:
         pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), key, value)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if self.fed is not None:  # what stands in for the others sees its row's prefix and is thrown away
-            rows, _, width, _ = self.layout.mask.shape
+            rows, width = self.layout.mask.shape[0], self.layout.mask.shape[2]
             query = query.new_zeros(rows * width, *query.shape[1:]).index_copy_(0, self.fed, query)
         out = attend(
             query,

@@ -259,7 +259,7 @@ def narrow(candidates: Candidates, width: int) -> Candidates:
     return Candidates(candidates.token_ids[:, :width], candidates.log_p[:, :width], candidates.is_stop[:, :width])
 
 
-def host_lengths(batch: Any, place: Place, worker: ValueWorker) -> Tensor:
+def host_lengths(batch: Any, place: Place, worker: ValueWorker | AttachedWorker) -> Tensor:
     """[R] at least as many tokens as each row has read: the host's mirror of the sequence lengths, or, where it keeps
     none, all that a sequence may have."""
     mirror = batch.seq_lens_cpu

@@ -66,7 +66,11 @@ class RequestState:
         """What the front end has not heard yet."""
         assert 0 <= self.reported <= len(self.values)
         fresh, self.reported = self.values[self.reported :], len(self.values)
-        report = {"predicted_length": self.predicted_length, "quantiles": self.quantiles, "values": fresh}
+        report: dict[str, object] = {
+            "predicted_length": self.predicted_length,
+            "quantiles": self.quantiles,
+            "values": fresh,
+        }
         return {**report, "sequence": self.sequence} if self.sequence_from is not None else report
 
 

@@ -144,7 +144,8 @@ class Places:
         self._known.clear()
 
 
-class Reported(NamedTuple):
+@dataclass(frozen=True)
+class Reported:
     """Rows whose predicted lengths are reported.
 
     Attributes:

@@ -134,8 +134,8 @@ def stop_tokens(base: Any, tokenizer: Any) -> list[int]:
     found: set[int] = set()
     for where in (base.generation_config, base.config, tokenizer):
         ids = getattr(where, "eos_token_id", None)
-        found |= set(ids) if isinstance(ids, list) else {ids}
-    stops = sorted(i for i in found if i is not None)
+        found.update(i for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
+    stops = sorted(found)
     if not stops:
         raise DistillationError("neither the base model nor its tokenizer names a stop token (eos_token_id).")
     return stops

@@ -18,6 +18,9 @@ def length(
     domain: Annotated[str, typer.Option(help="Key of the prompt file that names a prompt's domain.")] = "kind",
     max_prompts: Annotated[int | None, typer.Option(min=2, help="Only so many prompts.")] = None,
     followed: Annotated[int, typer.Option(min=0, help="Answers of a prompt that are followed token by token.")] = 4,
+    base: Annotated[
+        Path | None, typer.Option(help="Directory of the base model, for a LenVM that looks ahead.")
+    ] = None,
 ) -> None:
     """How well lengths are predicted: before the first token (Eq. 13-15, by domain) and along the answer.
 
@@ -37,7 +40,7 @@ def length(
             raise EvaluationError(f"{samples} has completions of {len(data.prompts)} prompt; at least 2 are needed.")
         with progress(console) as notify:
             notify("predicting at the prompt", 0, 1)
-            predicted = predict_at_prompt(lenvm, [p.token_ids for p in data.prompts])
+            predicted = predict_at_prompt(lenvm, [p.token_ids for p in data.prompts], base, data.sampling)
             notify("predicting at the prompt", 1, 1)
             chosen = finished_answers(data.prompts, followed)
             texts = [Text(data.prompts[i].token_ids, data.prompts[i].samples[k].token_ids, True) for i, k in chosen]

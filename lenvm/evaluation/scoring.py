@@ -97,7 +97,7 @@ def base_log_probs(
 
 
 def predict_at_prompt(
-    lenvm_dir: Path, prompts: Sequence[Sequence[int]], base_dir: Path, sampling: Mapping[str, Any]
+    lenvm_dir: Path, prompts: Sequence[Sequence[int]], base_dir: Path | None, sampling: Mapping[str, Any]
 ) -> PromptPrediction:
     """Predicted L before the first token, from the value and, where there is one, the length distribution.
 
@@ -108,8 +108,13 @@ def predict_at_prompt(
         prompts: token ids of each prompt, chat template included.
         base_dir: directory of the base model; read where there is a lookahead head.
         sampling: how the completions were drawn (temperature, top_p, top_k, min_p), for the same.
+
+    Raises:
+        EvaluationError: a lookahead head without its base model.
     """
     if read_lenvm_config(lenvm_dir).has_lookahead_head:
+        if base_dir is None:
+            raise EvaluationError(f"{lenvm_dir} looks ahead from its base model; name it with --base.")
         return _predict_ahead(lenvm_dir, prompts, base_dir, sampling)
     import torch
 

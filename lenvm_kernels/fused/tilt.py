@@ -323,7 +323,8 @@ def tilt_sample(
         BLOCK_K=block_k, BLOCK_B=BLOCK_B, HAS_Q=log_q is not None,
         LENGTH_FROM_Q=from_q, num_warps=warps(block_k, log_q is not None),
     )  # fmt: skip
-    return TiltSample(out, slot, chosen, *stats.unbind(0), status)
+    length, value, expected_value, kl = stats.unbind(0)
+    return TiltSample(out, slot, chosen, length, value, expected_value, kl, status)
 
 
 def warps(block_k: int, has_q: bool) -> int:
