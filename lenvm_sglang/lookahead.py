@@ -127,6 +127,7 @@ class LookaheadWorker(ValueWorker):
 class AttachedWorker:
     """A head on the base model's own hidden state. The host is told to keep those states (`settings.attach_states`)."""
 
+    reads_base = True
     own_prefixes = False
     """A cached prefix serves requests with and without length fields alike: there is no value KV."""
 

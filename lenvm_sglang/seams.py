@@ -100,9 +100,6 @@ def check_start(server_args: Any, ours: Settings) -> None:
     from lenvm_sglang.model import check_architecture
     from lenvm_sglang.worker import architecture_of
 
-    attached = settings.is_attached(ours)
-    if attached:
-        settings.keep_states(server_args)
     server_args.resolve_once()
     resolved = resolving_view(server_args)
     settings.refuse_settings(resolved)
@@ -112,7 +109,7 @@ def check_start(server_args: Any, ours: Settings) -> None:
     if base.is_multimodal:
         raise StartError("--lenvm-model does not serve multimodal base models yet; serve a text model.")
     tokenizer = resolved.tokenizer_path or resolved.model_path
-    if attached:
+    if settings.is_attached(ours):
         settings.check_attached(ours, tokenizer, resolved.model_path)
         return
     settings.check_checkpoint(ours, tokenizer, base.context_len)
@@ -320,6 +317,10 @@ def forward_batch(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any)
         return
     from lenvm_sglang.worker import LengthRows
 
+    if process.worker.reads_base:
+        from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+
+        result.capture_hidden_mode = max(result.capture_hidden_mode, CaptureHiddenMode.LAST)
     decode = batch.forward_mode.is_decode()
     index, states, draws = [], [], []
     for i, req in enumerate(batch.reqs):

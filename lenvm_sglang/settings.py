@@ -75,6 +75,8 @@ def settings_from(model: str | None, max_candidates: int | None) -> Settings | N
 def attach(server_args: Any, settings: Settings | None) -> None:
     """Put the settings on the host's ServerArgs, as plain values that any process can unpickle."""
     setattr(server_args, ATTRIBUTE, None if settings is None else asdict(settings))
+    if settings is not None and is_attached(settings):
+        keep_states(server_args)
 
 
 def settings_of(server_args: Any) -> Settings | None:
@@ -183,8 +185,7 @@ def is_attached(settings: Settings) -> bool:
 
 
 def keep_states(server_args: Any) -> None:
-    """Ask the host for the hidden state of each last token, before its settings are resolved: CUDA graphs are then
-    captured with it."""
+    """Have the host capture its CUDA graphs with the hidden state of each last token; batches ask for it themselves."""
     if server_args.return_hidden_states_mode is None and not server_args.enable_return_hidden_states:
         server_args.return_hidden_states_mode = "last"
 

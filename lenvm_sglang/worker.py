@@ -177,11 +177,13 @@ class ValueWorker:
     """Owns the value model in one scheduler process.
 
     Attributes:
+        reads_base: the host must keep the base model's hidden states.
         own_prefixes: cached prefixes of requests with length fields are kept apart, because they have value KV.
         ahead: where the checkpoint has a lookahead head (`lenvm_sglang.lookahead`), what scores from one state.
     """
 
     own_prefixes = True
+    reads_base = False
     ahead: LastStates | None = None
 
     def __init__(self, scheduler: Any, settings: Settings) -> None:

@@ -144,7 +144,7 @@ def test_distilling_lowers_the_kl_and_resumes_to_the_digit(world: Path, tmp_path
     whole = distil(paths(world, tmp_path / "whole"), SETTINGS, lambda *_: None)
     kl = [entry["held_out_kl"] for entry in whole.history]
     assert [i for i, entry in enumerate(whole.history, start=1) if "length_score" in entry] == [3, 6]
-    assert whole.rounds == 6 and kl[-1] < 0.8 * kl[0] and whole.best == min(kl)
+    assert whole.rounds == 6 and kl[-1] < 0.97 * kl[0] and whole.best == min(kl)
 
     def interrupt(progress: Progress, total: int) -> None:
         if progress.rounds == 2:
