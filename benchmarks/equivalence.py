@@ -95,6 +95,7 @@ def main() -> None:
     has_deepspeed = importlib.util.find_spec("deepspeed") is not None
     names = [n for i, n in enumerate(LAUNCHES) if not i or not options.only or n.split()[0].strip(",") in options.only]
     runs: dict[str, Path] = {}
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         sites = {"pth": make_site(Path(folder) / "site_pth", ""), "none": Path(folder)}
         world = World(Path(folder) / "world", sites)
@@ -103,8 +104,15 @@ def main() -> None:
                 print(f"{name}: left out, deepspeed is not installed", flush=True)
                 continue
             began = time.monotonic()
-            runs[name] = launch(world, name, options.steps)
+            try:
+                runs[name] = launch(world, name, options.steps)
+            except RuntimeError as error:  # the others still say something
+                failed.append(name)
+                print(error, file=sys.stderr, flush=True)
+                continue
             print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+        if names[0] not in runs:
+            raise SystemExit(f"{names[0]} failed: nothing to compare with")
         first = runs[names[0]]
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("w", newline="") as file:
@@ -123,6 +131,8 @@ def main() -> None:
                 cells.append(max(abs(a - b) / abs(b) for a, b in pairs))
             print(f"{name:<28}" + "".join(f"{value:13.1e}" for value in (*cells, difference(run, first))))
     print(options.out)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
