@@ -39,23 +39,29 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="the demo's folder")
     parser.add_argument("--data", type=Path, required=True, help="folder with lifebench_no_summary.jsonl")
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
+    parser.add_argument("--small", action="store_true", help="a fifth of the answers")
     parser.add_argument("--write", type=Path, help="the document to write")
     given = parser.parse_args()
     run, out = given.run, given.out
     base, value, test = run / "base", run / "lenvm", run / "samples" / "test.jsonl"
     prompts = run / "prepare" / "prompts_test.jsonl"
     out.mkdir(parents=True, exist_ok=True)
+    problems, biases, budgets = (
+        ("24", "-16,-4,0", "35,60") if given.small else ("60", "-16,-8,-4,-2,0", "25,35,45,60,90")
+    )
+    items, targets = ("20", "32,64") if given.small else ("40", "32,64,128")
     lenvm("eval", "length", "--prompts", str(prompts), "--samples", str(test), "--lenvm", str(value),
           "--out", str(out / "length"))  # fmt: skip
     lenvm("eval", "tokens", "--samples", str(test), "--lenvm", str(value), "--out", str(out / "tokens"), "--top", "12")
     asked = str(run / "evaluation" / "requests.jsonl")
     lenvm("view", str(test), "--lenvm", str(value), "--requests", asked, "--out", str(out / "view.html"))
     with SglangServer(str(base), Server(), out / "server.log", lenvm=value) as server:
-        lenvm("eval", "tradeoff", "--server", server.url, "--data", str(prompts), "--base", str(base), "--limit", "60",
-              "--samples", "4", "--biases=-16,-8,-4,-2,0", "--budgets", "25,35,45,60,90", "--passes", "1,4",
+        lenvm("eval", "tradeoff", "--server", server.url, "--data", str(prompts), "--base", str(base), "--limit",
+              problems,
+              "--samples", "4", f"--biases={biases}", "--budgets", budgets, "--passes", "1,4",
               "--max-tokens", "384", "--concurrency", "64", "--out", str(out / "tradeoff"))  # fmt: skip
         lenvm("eval", "lifebench", "--server", server.url, "--data", str(given.data / "lifebench_no_summary.jsonl"),
-              "--base", str(base), "--targets", "32,64,128", "--limit", "40", "--max-prompt-tokens", "400",
+              "--base", str(base), "--targets", targets, "--limit", items, "--max-prompt-tokens", "400",
               "--concurrency", "64", "--out", str(out / "lifebench"))  # fmt: skip
     names = ("lifebench", "length", "tokens", "tradeoff")
     for name in names:
