@@ -81,7 +81,7 @@ PMF = rows.pmf_of(rows.MODELS[1])
 INF, NAN = math.inf, math.nan
 
 
-@pytest.mark.parametrize("control", list(Control))
+@pytest.mark.parametrize("control", list(Control), ids=lambda c: c.name)
 def test_edges(control: Control) -> None:
     half = math.log(0.5)
     cases = {
