@@ -328,7 +328,6 @@ def tilt_sample(
 
 
 def warps(block_k: int, has_q: bool) -> int:
-    """Warps of a program: enough that the sums over bins stay in registers."""
-    if not has_q:
-        return 1
-    return 4 if block_k <= 32 else 8
+    """Warps of a program: with eight elements of a tile of bins for each thread the compiler spills nothing up to
+    64 candidates."""
+    return max(1, block_k // 8) if has_q else 1
