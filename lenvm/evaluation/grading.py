@@ -54,7 +54,7 @@ def grade(text: str, answer: str) -> bool:
 
 
 def verified(text: str, answer: str) -> bool:
-    """Whether the completion's answer equals the expected one as mathematics, by math-verify.
+    """Whether the completion's answer equals the expected one: as `grade` says, or as mathematics by math-verify.
 
     The expected answer is taken as LaTeX, or as a number after "####" (GSM8K). math-verify guards itself with an alarm
     signal, so this must run in the main thread.
@@ -74,7 +74,7 @@ def verified(text: str, answer: str) -> bool:
     expected = parse(rf"\boxed{{{gold}}}")
     if not expected:
         raise EvaluationError(f"math-verify cannot read the expected answer {gold!r}; correct it in the data file.")
-    return bool(verify(expected, parse(text)))
+    return grade(text, gold) or bool(verify(expected, parse(text)))
 
 
 def _braced(text: str, start: int) -> str | None:
