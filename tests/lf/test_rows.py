@@ -205,7 +205,7 @@ def test_text_rows_equal_token_id_rows(world: Any) -> None:
 
 # What the published chat templates do with one user message: Qwen2.5 has a system prompt of its own, Qwen3 an empty
 # thought where thinking is off.
-TURN = "<|im_start|>{{messages[-1]['role']}}\n{{messages[-1]['content']}}<|im_end|>\n<|im_start|>assistant\n"
+TURN = "<|im_start|>{{messages[-1]['role']}}\n{{messages[-1]['content']}}<|im_end|>\n{{'<|im_start|>assistant\n'}}"
 CHATS = {
     "qwen": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. "
     "You are a helpful assistant.<|im_end|>\n{% endif %}" + TURN,
