@@ -16,7 +16,7 @@ import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from torch import Tensor
 
-from lenvm.candidates import Candidates, build_candidates
+from lenvm.candidates import Candidates, build_candidates, keep_mass, settle_sure_rows
 from lenvm.definitions import length_from_logit
 from lenvm.format import LenvmConfig
 from lenvm.guidance import Scores, guide_rows, predicted_lengths, strict_bounds
@@ -24,7 +24,8 @@ from lenvm.lognormal import lognormal_log_q
 from lenvm.sampler import draw
 from lenvm_sglang.metrics import FallbackOutput, StepMetrics
 from lenvm_sglang.outputs import QUANTILES, LengthOutput, SequenceOutput
-from lenvm_sglang.state import to_device
+from lenvm_sglang.scope import aim, probe_end
+from lenvm_sglang.state import RowParameters, to_device
 from lenvm_sglang.worker import LengthRows, Read, ValueWorker
 
 _STATES_AT_ONCE = 256
@@ -165,12 +166,20 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             # the states are on the host: with no top-k on, ordering K tokens is enough
             reach=max([worker.width, *(s.top_k for s in rows.states if s.top_k < vocabulary)]),
         )
-        if device.type == "cpu":
-            # Kept slots are a prefix of the sorted set; with no device to wait for, narrow the forward to them.
-            candidates = narrow(candidates, int(candidates.kept.sum(-1).max()))
-        scores = worker.score(slots, lengths, longest_sequence(batch, rows), candidates)
+        candidates = self._fewer(candidates, parameters)
+        thinking, guidance, scored = any(state.think_end >= 0 for state in rows.states), parameters.guidance, candidates
+        if thinking:
+            candidates, scored = probe_end(candidates, parameters.think_end)
+        elif device.type == "cpu":
+            # With no device to wait for, narrow the forward to the slots that any row uses.
+            candidates = scored = narrow(candidates, used_slots(candidates))
+        scores = worker.score(slots, lengths, longest_sequence(batch, rows), scored)
+        if thinking:
+            decode = batch.forward_mode.is_decode()
+            over = batch.input_ids[index] == parameters.think_end if decode else torch.zeros_like(parameters.greedy)
+            guidance = aim(guidance, parameters.think_end, over, scored, scores, worker.lenvm)
         present = {state.request.control_code for state in rows.states}
-        guided = guide_rows(candidates, scores, parameters.guidance, worker.lenvm, present)
+        guided = guide_rows(candidates, scores, guidance, worker.lenvm, present)
         if self.metrics is not None:
             broken = guided.fell_back & ~finite_rows(candidates, scores)
             step.outputs.append(FallbackOutput(self.metrics, torch.stack([broken, guided.fell_back & ~broken])))
@@ -182,6 +191,17 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         worker.remember(slots, choice)
         lengths_after = predicted_lengths(candidates, scores, worker.lenvm).gather(-1, choice[:, None])[:, 0]
         self._report(step, rows, lengths_after)
+
+    def _fewer(self, candidates: Candidates, parameters: RowParameters) -> Candidates:
+        """What the server's settings leave of the candidates where the base model is sure."""
+        settings = self.worker.settings
+        if settings.candidate_mass < 1:
+            candidates = keep_mass(candidates, settings.candidate_mass)
+        if settings.min_entropy > 0:
+            emitted, greedy = parameters.guidance.emitted, parameters.greedy
+            choice = draw(candidates.log_p, candidates.token_ids, parameters.seed, emitted, greedy)
+            candidates = settle_sure_rows(candidates, choice, settings.min_entropy)
+        return candidates
 
     def watch(self, step: SamplingStep, token_ids: Tensor) -> None:
         """Score the tokens that the host drew in rows which only ask for values; nothing is changed.
@@ -239,6 +259,12 @@ def finite_rows(candidates: Candidates, scores: Scores) -> Tensor:
     if scores.length_log_q is not None:
         finite = finite & ~scores.length_log_q.isnan().any(-1)
     return (finite | ~read).all(-1)
+
+
+def used_slots(candidates: Candidates) -> int:
+    """How many of the first slots hold every candidate; at least one, also where logits were NaN and none is left."""
+    used = candidates.kept.any(0).nonzero()
+    return int(used.max()) + 1 if len(used) else 1
 
 
 def narrow(candidates: Candidates, width: int) -> Candidates:

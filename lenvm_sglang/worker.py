@@ -47,21 +47,33 @@ class LengthRows:
         states: their request objects.
         draws: for each, whether a token is drawn after this forward (not from all but the last chunk of a chunked
             prefill, nor from a request that only reads its prompt).
+        steered: for each, whether that token is guided.
+        moved: those (positions in `states`) whose target begins to count with this decode step.
     """
 
     index: list[int]
     states: list[RequestState]
     draws: list[bool]
+    steered: list[bool]
+    moved: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        assert len(self.index) == len(self.states) == len(self.draws) > 0
+        assert len(self.index) == len(self.states) == len(self.draws) == len(self.steered) > 0
 
     def drawing(self, steered: bool) -> LengthRows | None:
-        """The rows that draw a token and are (not) steered; None if there are none."""
-        keep = [i for i, s in enumerate(self.states) if self.draws[i] and s.request.steers == steered]
-        if not keep:
-            return None
-        return LengthRows([self.index[i] for i in keep], [self.states[i] for i in keep], [True] * len(keep))
+        """The rows that draw a token and are (not) steered, but for failed ones; None if there are none."""
+        wanted = [
+            draws and is_steered == steered and not state.failed
+            for draws, is_steered, state in zip(self.draws, self.steered, self.states, strict=True)
+        ]
+        keep = [i for i, is_wanted in enumerate(wanted) if is_wanted]
+        return self.only(keep) if keep else None
+
+    def only(self, keep: Sequence[int]) -> LengthRows:
+        """Some of the rows, by their positions in `states`."""
+        moved = [new for new, old in enumerate(keep) if old in self.moved]
+        parts = ([values[i] for i in keep] for values in (self.index, self.states, self.draws, self.steered))
+        return LengthRows(*parts, moved)
 
 
 class Read(NamedTuple):
@@ -219,6 +231,9 @@ class ValueWorker:
         index = to_device(rows.index, torch.int64, batch.seq_lens.device)
         slots = batch.req_pool_indices[index].long()
         if batch.forward_mode.is_decode():
+            if rows.moved:
+                moved = to_device(list(rows.moved), torch.int64, slots.device)
+                self.table.write(slots[moved], [rows.states[i] for i in rows.moved])
             source = self.scratch + slots * self.width + self.chosen[slots]
             target = batch.out_cache_loc[index].long()
             for key, value in zip(self.pool.k_buffer, self.pool.v_buffer, strict=True):

@@ -6,13 +6,19 @@ Nothing of `lenvm.guidance`, `lenvm.candidates` or `lenvm.sampler` is used here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from lenvm.lognormal import lognormal_bins
 from lenvm.modeling import LengthValueModel
+from tests.sglang.models import THINK_END
+
+Adjust = Callable[[torch.Tensor, list[int]], None]
 
 
 class Reference:
@@ -24,7 +30,8 @@ class Reference:
         self.stop = self.base.config.eos_token_id
         self.candidates = candidates
         self.gamma = self.value.lenvm.gamma
-        self.centres = self.value.lenvm.bins
+        self.spread = self.value.lenvm.spread
+        self.centres = self.value.lenvm.bins or lognormal_bins(self.gamma).centres
         self.decode = torch.tensor(self._decode_table(), dtype=torch.float64)
 
     def _decode_table(self) -> list[list[float]]:
@@ -50,26 +57,79 @@ class Reference:
     def states(self, sequences: list[list[int]]) -> list[tuple[float | None, list[float]]]:
         """z and P(n), n = 0..N, of the states after sequences of one length."""
         out = self.value(torch.tensor(sequences))
-        pmf = torch.softmax(out.length_logits[:, -1].double(), -1) @ self.decode
-        return list(zip(out.z[:, -1].tolist(), pmf.tolist(), strict=True))
+        z = out.z[:, -1].tolist()
+        if out.length_logits is None:
+            q = torch.tensor([self._lognormal(x) for x in z], dtype=torch.float64)
+        else:
+            q = torch.softmax(out.length_logits[:, -1].double(), -1)
+        return list(zip(z, (q @ self.decode).tolist(), strict=True))
+
+    def inverted(self, z: float) -> float:
+        """n_hat = softplus(z) / |ln gamma|."""
+        return math.log1p(math.exp(z)) / -math.log(self.gamma)
+
+    def _lognormal(self, z: float) -> list[float]:
+        """q over the bins: ln(n + 1/2) is normal, with a centre and a spread that depend on n_hat."""
+        x = math.log(self.inverted(z) + 0.5)
+        (a, b), shift, sigma = self.spread.log_n_hat, self.spread.shift, self.spread.sigma
+        w = min(max((x - a) / (b - a), 0.0), 1.0)
+        centre, width = x + shift[0] + w * (shift[1] - shift[0]), sigma[0] + w * (sigma[1] - sigma[0])
+        edges = [0.5, *((left + right + 1) / 2 for left, right in pairwise(self.centres)), math.inf]
+
+        def mass(low: float, high: float) -> float:
+            low, high = ((math.log(e) - centre) / width / math.sqrt(2) for e in (low, high))
+            if low > 0:
+                return math.erfc(low) - math.erfc(high)
+            return math.erfc(-high) - math.erfc(-low)
+
+        masses = [mass(low, high) for low, high in pairwise(edges)]
+        return [m / sum(masses) for m in masses]
 
     def expected_length(self, ids: list[int]) -> float:
-        """E[n] of the state after `ids`."""
-        return sum(n * p for n, p in enumerate(self.states([ids])[0][1]))
+        """E[n] of the state after `ids`; without a length distribution the inverted value."""
+        z, pmf = self.states([ids])[0]
+        if self.spread is not None:
+            return self.inverted(z)
+        return sum(n * p for n, p in enumerate(pmf))
 
-    def greedy(self, prompt: list[int], limit: int, fields: dict[str, Any] | None) -> list[int]:
-        """Tokens of a greedy answer under a request's length fields; None is the base model alone."""
-        ids, out = list(prompt), []
+    def greedy(
+        self, prompt: list[int], limit: int, fields: dict[str, Any] | None, adjust: Adjust | None = None
+    ) -> list[int]:
+        """Tokens of a greedy answer under a request's length fields; None is the base model alone.
+
+        `adjust` does to the logits what the request's penalties and biases do, given the tokens emitted so far.
+        """
+        out: list[int] = []
         while len(out) < limit:
-            token = self._step(ids, len(out), fields or {})
-            ids.append(token)
+            logits = self.logits(prompt + out)
+            if adjust is not None:
+                adjust(logits, out)
+            token = self._scoped(logits, prompt, out, fields or {})
             out.append(token)
             if token == self.stop:
                 break
         return out
 
-    def _step(self, ids: list[int], emitted: int, fields: dict[str, Any]) -> int:
-        logits = self.logits(ids)
+    def _scoped(self, logits: torch.Tensor, prompt: list[int], out: list[int], fields: dict[str, Any]) -> int:
+        """One step of a completion whose thinking is open at the prompt's end."""
+        ids, scope = prompt + out, fields.get("length_scope", "all")
+        thought = out.index(THINK_END) + 1 if THINK_END in out else None
+        if scope == "all":
+            return self._step(logits, ids, len(out), fields)
+        if scope == "answer":
+            if thought is None or len(out) <= thought:  # the first token of the answer is the base model's
+                return int(logits.argmax())
+            return self._step(logits, ids, len(out) - thought, fields)
+        left = fields["length_target"] - len(out) - 1
+        if thought is not None or (fields.get("length_mode") == "at_least" and left <= 0):
+            return int(logits.argmax())
+        answer = round(self.expected_length([*ids, THINK_END]))
+        moved = {**fields, "length_target": max(left, 0) + answer + len(out) + 1}
+        return self._step(logits, ids, len(out), moved, probe=THINK_END)
+
+    def _step(
+        self, logits: torch.Tensor, ids: list[int], emitted: int, fields: dict[str, Any], probe: int | None = None
+    ) -> int:
         bias, target = fields.get("length_bias"), fields.get("length_target")
         if bias is None and target is None:
             return int(logits.argmax())
@@ -81,6 +141,8 @@ class Reference:
             if mode != "at_least" and left <= 0:
                 return self.stop
         p, tokens = torch.softmax(logits, -1).topk(self.candidates)
+        if probe is not None and probe not in tokens:
+            p, tokens = p[:-1], tokens[:-1]  # its slot is needed for the probe
         p = p / p.sum()
         items = [(t, math.log(q)) for t, q in zip(tokens.tolist(), p.tolist(), strict=True) if q > 0]
         states = dict(zip((t for t, _ in items), self.states([[*ids, t] for t, _ in items]), strict=True))
