@@ -175,8 +175,10 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             candidates = scored = narrow(candidates, used_slots(candidates))
         scores = worker.score(slots, lengths, longest_sequence(batch, rows), scored)
         if thinking:
-            decode = batch.forward_mode.is_decode()
-            over = batch.input_ids[index] == parameters.think_end if decode else torch.zeros_like(parameters.greedy)
+            if batch.forward_mode.is_decode():
+                over = batch.input_ids[index] == parameters.think_end
+            else:
+                over = to_device([state.thought for state in rows.states], torch.bool, device)
             guidance = aim(guidance, parameters.think_end, over, scored, scores, worker.lenvm)
         present = {state.request.control_code for state in rows.states}
         guided = guide_rows(candidates, scores, guidance, worker.lenvm, present)

@@ -83,6 +83,11 @@ class RequestState:
         """The end tag, if the target counts the thinking; else -1."""
         return self.scope.tags.end if self.scope is not None and self.scope.counts == "thinking" else -1
 
+    @property
+    def thought(self) -> bool:
+        """The host knows that the thinking is over."""
+        return self.scope is not None and self.scope.thought is not None
+
     def take_report(self) -> dict[str, object]:
         """What the front end has not heard yet."""
         assert 0 <= self.reported <= len(self.values)

@@ -161,12 +161,13 @@ class ValueWorker:
 
         base, runner = self.base, self.runner
         allocator = type(base.token_to_kv_pool_allocator).__name__
-        if allocator != "TokenToKVPoolAllocator" or base.token_to_kv_pool.page_size != 1:
+        if allocator not in ("TokenToKVPoolAllocator", "PagedTokenToKVPoolAllocator"):
             raise StartError(
-                f"--lenvm-model needs a base model whose KV cache is one plain token pool, got {allocator} with pages "
-                f"of {base.token_to_kv_pool.page_size}; serve a base model without sliding-window or recurrent layers."
+                f"--lenvm-model needs a base model whose KV cache is one plain token pool, got {allocator}; serve a "
+                "base model without sliding-window or recurrent layers."
             )
-        slots = base.token_to_kv_pool.size + 1  # slot 0 is the host's dump for padded rows
+        # the host's first page is its dump for padded rows
+        slots = base.token_to_kv_pool.size + base.token_to_kv_pool.page_size
         self.request_rows = base.req_to_token_pool.req_to_token.shape[0]
         self.scratch = slots
         config = runner.model_config

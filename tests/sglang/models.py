@@ -60,9 +60,11 @@ def shape(family: type[PretrainedConfig], eos: int) -> PretrainedConfig:
     )
 
 
-def make_pair(directory: Path, base: type[PretrainedConfig], value: type[PretrainedConfig], heads: int = 2) -> Path:
+def make_pair(
+    directory: Path, base: type[PretrainedConfig], value: type[PretrainedConfig], heads: int = 2, seed: int = 0
+) -> Path:
     """Write `directory`/base and `directory`/lenvm; `heads` 1 makes a value-only LenVM."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     words = tokenizer()
     eos = words.convert_tokens_to_ids("<|im_end|>")
     model = backbone_class(shape(base, eos))(shape(base, eos))

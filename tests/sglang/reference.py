@@ -24,8 +24,8 @@ Adjust = Callable[[torch.Tensor, list[int]], None]
 class Reference:
     """A base model and a length value model, both of transformers, in float32."""
 
-    def __init__(self, pair: Path, candidates: int = 16) -> None:
-        self.base = AutoModelForCausalLM.from_pretrained(pair / "base", dtype=torch.float32).eval()
+    def __init__(self, pair: Path, candidates: int = 16, base: Path | None = None) -> None:
+        self.base = AutoModelForCausalLM.from_pretrained(base or pair / "base", dtype=torch.float32).eval()
         self.value = LengthValueModel.from_pretrained(pair / "lenvm", dtype=torch.float32).eval()
         self.stop = self.base.config.eos_token_id
         self.candidates = candidates
