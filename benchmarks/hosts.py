@@ -23,39 +23,38 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
-from tests.sglang.conftest import Server, start  # noqa: E402
-from tests.sglang.models import FAMILIES, make_pair, prompts  # noqa: E402
-from tests.sglang.reference import Reference  # noqa: E402
-from tests.sglang.test_serving import FIELDS, LIMIT  # noqa: E402
+from tests.sglang.conftest import Server, start
+from tests.sglang.models import FAMILIES, make_pair, prompts
+from tests.sglang.reference import Reference
+from tests.sglang.test_serving import FIELDS, LIMIT
 
 
 class Setting(NamedTuple):
     """Flags and environment of a server, the LoRA adapter its requests name, and which LenVM it serves."""
 
     flags: tuple[str, ...]
-    environment: dict[str, str] = {}
+    environment: tuple[tuple[str, str], ...] = ()
     adapter: bool = False
     heads: int = 2
 
 
-CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+CORES = (("SGLANG_CPU_OMP_THREADS_BIND", "0|1"),)
+RETRACT = (("SGLANG_TEST_RETRACT", "1"),)
 SETTINGS = {
     "plain": Setting(()),
     "value-only": Setting((), heads=1),
     "no-overlap": Setting(("--disable-overlap-schedule",)),
     "no-radix": Setting(("--disable-radix-cache",)),
     "chunk16": Setting(("--chunked-prefill-size", "16")),
-    "retract": Setting((), {"SGLANG_TEST_RETRACT": "1"}),
+    "retract": Setting((), RETRACT),
     "two-at-once": Setting(("--max-running-requests", "2")),
     "little-kv": Setting(("--max-total-tokens", "400")),
     "page16": Setting(("--page-size", "16")),
-    "page16-chunk32-retract": Setting(
-        ("--page-size", "16", "--chunked-prefill-size", "32"), {"SGLANG_TEST_RETRACT": "1"}
-    ),
+    "page16-chunk32-retract": Setting(("--page-size", "16", "--chunked-prefill-size", "32"), RETRACT),
     "tp2": Setting(("--tp-size", "2"), CORES),
     "dp2": Setting(("--dp-size", "2"), CORES),
     "lora": Setting(("--enable-lora", "--lora-backend", "torch_native", "--max-loras-per-batch", "2"), adapter=True),
@@ -105,7 +104,7 @@ def row(name: str, setting: Setting, home: Path, pairs: Callable[[int], tuple[Pa
         reference = Reference(pair, base=folder / "merged")
     began = time.perf_counter()
     server = start(home / f"{name}.log", pair / "base", "--lenvm-model", str(pair / "lenvm"), *flags,
-                   **setting.environment)  # fmt: skip
+                   **dict(setting.environment))  # fmt: skip
     try:
         server.wait()
     except AssertionError:

@@ -187,8 +187,8 @@ def refuse_settings(resolved: Any) -> None:
     if resolved.page_size not in (1, None) and not backends <= {None, *TOKEN_BACKENDS}:
         raise StartError(
             f"--lenvm-model works with page_size={resolved.page_size} only where attention reads single slots "
-            f"({', '.join(TOKEN_BACKENDS)}), not with {', '.join(sorted(b for b in backends if b))}, because a candidate "
-            "has a slot outside its prefix's page; run with --page-size 1, or start without --lenvm-model."
+            f"({', '.join(TOKEN_BACKENDS)}), not with {', '.join(sorted(b for b in backends if b))}, because a "
+            "candidate has a slot outside its prefix's page; run with --page-size 1, or start without --lenvm-model."
         )
 
 

@@ -41,7 +41,7 @@ def test_pages_where_attention_reads_slots() -> None:
     good = {r.field: r.allowed[0] for r in REFUSALS} | GOOD | {"page_size": 16}
     refuse_settings(SimpleNamespace(**good))
     for name in ("attention_backend", "decode_attention_backend"):
-        with pytest.raises(StartError, match="page_size=16 only where .* not with .*fa3"):
+        with pytest.raises(StartError, match=r"page_size=16 only where .* not with .*fa3"):
             refuse_settings(SimpleNamespace(**{**good, name: "fa3"}))
 
 
