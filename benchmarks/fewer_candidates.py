@@ -3,9 +3,9 @@
 
     benchmarks/fewer_candidates.py --run runs/demo          a finished run of `lenvm pipeline`
 
-For each setting of `--lenvm-max-candidates`, `--lenvm-candidate-mass` and `--lenvm-min-entropy`: a server over the run's
-base model and LenVM, `lenvm eval control` against it (equal_to, posterior), and the speed of guided against unguided
-requests. One Markdown row a setting; the defaults and the table in docs/serving.md come from here.
+For each setting of `--lenvm-max-candidates`, `--lenvm-candidate-mass` and `--lenvm-min-entropy`: a server over the
+run's base model and LenVM, `lenvm eval control` against it (equal_to, posterior), and the speed of guided against
+unguided requests. One Markdown row a setting; the defaults and the table in docs/serving.md come from here.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lenvm.pipeline.recipe import Server
-from lenvm.pipeline.server import SglangServer
+from lenvm.pipeline.recipe import Server  # noqa: E402
+from lenvm.pipeline.server import SglangServer  # noqa: E402
 
 SETTINGS: tuple[tuple[str, ...], ...] = (
     (),

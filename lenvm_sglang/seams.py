@@ -436,8 +436,16 @@ def fail_requests(forward_batch: Any, processor: Any, failed: list[tuple[Any, Ex
     """Requests for which the value model raised end with an error, and their value KV is never reused."""
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+    requests = (
+        {
+            id(state): req
+            for state, req in zip(forward_batch.lenvm_rows.states, forward_batch.lenvm_requests, strict=True)
+        }
+        if failed
+        else {}
+    )
     for state, error in failed:
-        req = forward_batch.lenvm_requests[forward_batch.lenvm_rows.states.index(state)]
+        req = requests[id(state)]
         state.failed = req.skip_radix_cache_insert = True
         message = f"the length value model failed on this request ({type(error).__name__}: {error})."
         req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
