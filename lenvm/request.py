@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,6 +31,8 @@ PREFIX = "length_"
 _NEED_TARGET = (
     "length_mode", "length_control", "length_sharpness", "length_tolerance", "length_strict", "length_scope",
 )  # fmt: skip
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 MAX_TARGET = 2**31 - 1
 MAX_SHARPNESS = 1000.0
 MAX_BIAS = 1e6
@@ -109,10 +112,10 @@ class LengthRequest:
         """
         for name in body:
             if name.startswith(PREFIX) and name not in FIELD_NAMES:
-                near = difflib.get_close_matches(name, FIELD_NAMES, 1)
+                near = difflib.get_close_matches(name[:80], FIELD_NAMES, 1)
                 raise LengthFieldError(
-                    name,
-                    f"unknown field {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
+                    name[:80],
+                    f"unknown field {shown(name)}{f'; did you mean {near[0]!r}?' if near else '.'} "
                     f"The length fields are {', '.join(FIELD_NAMES)}.",
                 )
         given = {name: body[name] for name in FIELD_NAMES if body.get(name) is not None}
@@ -214,8 +217,13 @@ class LengthRequest:
             )
 
 
+def shown(value: Any) -> str:
+    """A client's value in an error, which may be megabytes or nested without end."""
+    return _SHORT.repr(value)
+
+
 def _wrong(name: str, got: Any, allowed: str) -> LengthFieldError:
-    return LengthFieldError(name, f"{name} must be {allowed}, got {got!r}.")
+    return LengthFieldError(name, f"{name} must be {allowed}, got {shown(got)}.")
 
 
 def _number(given: Mapping[str, Any], name: str, allowed: str) -> float:

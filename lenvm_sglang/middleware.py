@@ -11,7 +11,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from lenvm.request import FIELD_NAMES, PREFIX, LengthFieldError, LengthRequest
+from lenvm.request import FIELD_NAMES, PREFIX, LengthFieldError, LengthRequest, shown
 from lenvm_sglang.admission import (
     ROOM_KEY,
     UNSUPPORTED_COMPANIONS,
@@ -70,7 +70,7 @@ def _merge(outer: Fields, inner: Fields) -> Fields:
     for name in outer.keys() & inner.keys():
         if outer[name] != inner[name]:
             raise LengthFieldError(
-                name, f"{name} is given twice, as {outer[name]!r} and as {inner[name]!r}; send one of them."
+                name, f"{name} is given twice, as {shown(outer[name])} and as {shown(inner[name])}; send one of them."
             )
     return {**outer, **inner}
 
@@ -199,6 +199,9 @@ class LengthFieldsMiddleware:
         except LengthFieldError as error:
             await _refuse(send, error)
             return
+        except RecursionError:
+            await _refuse(send, LengthFieldError("body", "the body is nested too deeply; send fewer levels."))
+            return
         if changed is not raw:
             length = str(len(changed)).encode()
             headers = [(k, length if k == b"content-length" else v) for k, v in scope["headers"]]
@@ -218,8 +221,6 @@ class LengthFieldsMiddleware:
             body = json.loads(raw)
         except ValueError:
             return raw, False  # the route answers broken JSON
-        except RecursionError:
-            raise LengthFieldError("body", "body is nested too deeply; send fewer levels.") from None
         if not known:
             fields = [n for n in body if _is_length_field(n)] if isinstance(body, dict) else []
             if fields:
@@ -228,10 +229,7 @@ class LengthFieldsMiddleware:
                 )
             return raw, False
         guided = lift_fields(body, path, self.served, self.context_length, self.thinks)
-        try:
-            return (json.dumps(body).encode(), True) if guided else (raw, False)
-        except RecursionError:
-            raise LengthFieldError("body", "body is nested too deeply; send fewer levels.") from None
+        return (json.dumps(body).encode(), True) if guided else (raw, False)
 
 
 def _may_name_fields(raw: bytes) -> bool:

@@ -149,12 +149,12 @@ def test_malformed_and_monstrous_bodies(oracle: Server) -> None:
         b'{"text": "a", "length_target": ' + deep + b"}": 400,
         b'{"text": "a", "length_target": 1' + b"0" * 5000 + b"}": 400,
         b'{"text": "a", "length_target": "' + b"x" * 10_000_000 + b'"}': 400,
-        b'{"text": "' + b"hello " * 1_700_000 + b'", "length_target": 5}': 400,
+        b'{"text": "' + b"hello " * 300_000 + b'", "length_target": 5}': 400,
     }  # fmt: skip
     for body, status in bodies.items():
         answer = raw(oracle, body)
         assert answer.status_code in (status, 422), (body[:60], answer.status_code, answer.text[:200])
-        assert len(answer.content) < 20_000_000
+        assert len(answer.content) < 2_000
     for path in ("/lenvm/predict", "/lenvm/values"):
         for body in bodies:
             assert raw(oracle, body, path).status_code == 400, (path, body[:60])
