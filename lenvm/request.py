@@ -228,9 +228,12 @@ def _wrong(name: str, got: Any, allowed: str) -> LengthFieldError:
 
 def _number(given: Mapping[str, Any], name: str, allowed: str) -> float:
     value = given[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _wrong(name, value, allowed)
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer beyond every float
+        pass
+    raise _wrong(name, value, allowed)
 
 
 def _boolean(given: Mapping[str, Any], name: str) -> bool:
