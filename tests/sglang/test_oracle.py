@@ -15,7 +15,7 @@ import torch
 
 from tests.sglang import faults
 from tests.sglang.conftest import ROOT, Server, start
-from tests.sglang.oracle import LONGEST, make_oracle_pair, remaining
+from tests.sglang.oracle import LONGEST, make_oracle_pair, remaining, token
 
 pytestmark = pytest.mark.slow
 PROMPT = [200, 201, 202]
@@ -41,8 +41,8 @@ def ask(server: Server, fields: dict[str, Any] | None, prompt: list[int] = PROMP
     return server.post("/generate", {"input_ids": prompt, "sampling_params": params, **(fields or {})})
 
 
-def tokens(server: Server, fields: dict[str, Any] | None, **sampling: Any) -> list[int]:
-    answer = ask(server, fields, **sampling)
+def tokens(server: Server, fields: dict[str, Any] | None, prompt: list[int] = PROMPT, **sampling: Any) -> list[int]:
+    answer = ask(server, fields, prompt, **sampling)
     assert answer.status_code == 200, answer.text
     return list(answer.json()["output_ids"])
 
@@ -78,13 +78,15 @@ def test_bounds_of_a_perfect_value_model(oracle: Server) -> None:
 
 def test_a_request_alone_is_the_same_in_a_full_batch(oracle: Server) -> None:
     asked = [
-        ({"length_target": 7}, 1), ({"length_target": 12, "length_mode": "at_most"}, 2), (None, 3),
+        ({"length_target": 7}, 1), ({"length_target": 12, "length_mode": "at_most"}, 2), (None, 0),
         ({"length_bias": -4.0}, 4), ({"length_target": 9, "length_control": "soft"}, 5),
         ({"length_target": 15, "length_control": "hard"}, 6), ({"length_target": 11, "length_strict": True}, 7),
     ]  # fmt: skip
 
     def one(case: Any) -> list[int]:
-        return tokens(oracle, case[0], **({"sampling_seed": case[1]} if case[0] else {"temperature": 0}))
+        if case[0] is None:
+            return tokens(oracle, None, [200, token(20)], temperature=0)
+        return tokens(oracle, case[0], sampling_seed=case[1])
 
     alone = [one(case) for case in asked]
     with ThreadPoolExecutor(28) as pool:
@@ -100,7 +102,7 @@ def test_nan_and_infinity_fall_back_to_the_base(oracle: Server) -> None:
         answer = ask(oracle, {"length_target": 9, "return_length_values": True}, [200, bad]).json()
         assert answer["lenvm"]["predicted_length"] is None
         # a broken candidate: the whole row keeps the base model's distribution
-        answer = ask(oracle, {"length_target": 9, "length_strict": True}, logit_bias={str(bad): 8.0}).json()
+        answer = ask(oracle, {"length_target": 9, "length_strict": True}, logit_bias={str(bad): 40.0}).json()
         assert answer["lenvm"]["achieved"] == 9, "strict holds whatever the value model says"
         predicted = oracle.post("/lenvm/predict", {"prompt": [200, bad]})
         assert predicted.status_code == 500
@@ -110,13 +112,13 @@ def test_nan_and_infinity_fall_back_to_the_base(oracle: Server) -> None:
 
 def test_a_forward_that_raises_ends_its_request_alone(oracle: Server) -> None:
     before = metric(oracle, "lenvm_failed_requests_total")
-    good = [({"length_target": t}, PROMPT, {}) for t in (5, 17, 30)] + [(None, PROMPT, {"temperature": 0})]
+    good = [({"length_target": t}, PROMPT, {}) for t in (5, 17, 30)] + [(None, [200, token(20)], {"temperature": 0})]
     bad = [
         ({"length_target": 9}, [200, faults.RAISE_IN_PREFILL], {}),
-        ({"length_target": 9}, PROMPT, {"logit_bias": {str(faults.RAISE_IN_DECODE): 3.0}}),
+        ({"length_target": 9}, PROMPT, {"logit_bias": {str(faults.RAISE_IN_DECODE): 40.0}}),
         ({"return_length_values": True}, PROMPT, {"logit_bias": {str(faults.RAISE_IN_DECODE): 100.0}}),
     ]
-    plain = tokens(oracle, None, temperature=0)
+    plain = tokens(oracle, None, [200, token(20)], temperature=0)
     with ThreadPoolExecutor(28) as pool:
         found = list(pool.map(lambda c: ask(oracle, c[0], c[1], **c[2]), (good + bad) * 4))
     for i, answer in enumerate(found):
