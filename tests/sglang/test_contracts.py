@@ -59,8 +59,9 @@ def test_json_schema(guided: Server) -> None:
     words = tokenizer()
     # a grammar allows any amount of white space, and random weights like it
     spaces = {str(t): -100 for t in range(VOCABULARY - 1) if any(c.isspace() for c in words.decode([t]))}
+    wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
     body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 60, "length_target": 20,
-            "logit_bias": spaces, "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}}  # fmt: skip
+            "logit_bias": spaces, "response_format": wanted}  # fmt: skip
     answer = guided.post("/v1/chat/completions", body).json()
     found = json.loads(answer["choices"][0]["message"]["content"])
     assert set(found) == {"a", "b"}
