@@ -144,6 +144,7 @@ REFUSALS = (
     _Refusal("enable_unified_memory", (False,), "drop --enable-unified-memory"),
     _Refusal("enable_unified_cache_external_linker", (False,), "drop --enable-unified-cache-external-linker"),
     _Refusal("enable_hisparse", (False,), "drop --enable-hisparse"),
+    _Refusal("page_size", (1, None), "run with --page-size 1"),
     _Refusal("enable_mixed_chunk", (False,), "drop --enable-mixed-chunk"),
     _Refusal("enable_pdmux", (False,), "drop --enable-pdmux"),
     _Refusal("enable_two_batch_overlap", (False,), "drop --enable-two-batch-overlap"),
@@ -151,6 +152,7 @@ REFUSALS = (
     _Refusal("elastic_ep_backend", (None,), "drop --elastic-ep-backend"),
     _Refusal("enable_session_radix_cache", (False,), "drop --enable-session-radix-cache"),
     _Refusal("enable_streaming_session", (False,), "drop --enable-streaming-session"),
+    _Refusal("enable_lora", (None, False), "merge the adapter into the base model"),
     _Refusal("tokenizer_worker_num", (1,), "run with --tokenizer-worker-num 1"),
     _Refusal("enable_memory_saver", (False,), "drop --enable-memory-saver"),
     _Refusal("skip_tokenizer_init", (False,), "drop --skip-tokenizer-init"),
@@ -166,10 +168,6 @@ REFUSALS = (
 """Settings that are refused until they are built and tested."""
 
 
-TOKEN_BACKENDS = ("torch_native", "triton", "flashinfer")
-"""Attention backends that read KV slot by slot, whatever the page size."""
-
-
 def refuse_settings(resolved: Any) -> None:
     """Compare the host's resolved settings with `REFUSALS`.
 
@@ -183,13 +181,6 @@ def refuse_settings(resolved: Any) -> None:
                 f"--lenvm-model does not work together with {refusal.field}={value!r} yet; {refusal.remedy}, "
                 "or start without --lenvm-model."
             )
-    backends = {resolved.attention_backend, resolved.prefill_attention_backend, resolved.decode_attention_backend}
-    if resolved.page_size not in (1, None) and not backends <= {None, *TOKEN_BACKENDS}:
-        raise StartError(
-            f"--lenvm-model works with page_size={resolved.page_size} only where attention reads single slots "
-            f"({', '.join(TOKEN_BACKENDS)}), not with {', '.join(sorted(b for b in backends if b))}, because a "
-            "candidate has a slot outside its prefix's page; run with --page-size 1, or start without --lenvm-model."
-        )
 
 
 def check_checkpoint(settings: Settings, base_path: str, context_length: int) -> LenvmConfig:

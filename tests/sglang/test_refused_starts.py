@@ -19,36 +19,23 @@ from tests.sglang.models import CONTEXT, tokenizer
 
 BAD_VALUES = {
     "pp_size": 2, "speculative_algorithm": "EAGLE", "attn_dp_size": 2, "disaggregation_mode": "prefill",
-    "tokenizer_worker_num": 2, "dcp_size": 2, "attn_cp_size": 2, "dllm_algorithm": "x",
+    "page_size": 16, "tokenizer_worker_num": 2, "dcp_size": 2, "attn_cp_size": 2, "dllm_algorithm": "x",
     "elastic_ep_backend": "x", "grpc_port": 1, "rl_on_policy_target": "fsdp",
-}  # fmt: skip
-
-GOOD = {
-    "page_size": 1, "attention_backend": "torch_native", "prefill_attention_backend": None,
-    "decode_attention_backend": None,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("field", [r.field for r in REFUSALS])
 def test_unsupported_settings_are_named(field: str) -> None:
-    good = {r.field: r.allowed[0] for r in REFUSALS} | GOOD
+    good = {r.field: r.allowed[0] for r in REFUSALS}
     refuse_settings(SimpleNamespace(**good))
     with pytest.raises(StartError, match=field):
         refuse_settings(SimpleNamespace(**{**good, field: BAD_VALUES.get(field, True)}))
 
 
-def test_pages_where_attention_reads_slots() -> None:
-    good = {r.field: r.allowed[0] for r in REFUSALS} | GOOD | {"page_size": 16}
-    refuse_settings(SimpleNamespace(**good))
-    for name in ("attention_backend", "decode_attention_backend"):
-        with pytest.raises(StartError, match=r"page_size=16 only where .* not with .*fa3"):
-            refuse_settings(SimpleNamespace(**{**good, name: "fa3"}))
-
-
 def test_refused_settings_exist_in_this_host() -> None:
     from sglang.srt.server_args import ServerArgs
 
-    assert {r.field for r in REFUSALS} | set(GOOD) <= set(ServerArgs.__struct_fields__)
+    assert {r.field for r in REFUSALS} <= set(ServerArgs.__struct_fields__)
 
 
 def test_flags() -> None:
