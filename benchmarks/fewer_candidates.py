@@ -5,7 +5,7 @@
 
 For each setting of `--lenvm-max-candidates`, `--lenvm-candidate-mass` and `--lenvm-min-entropy`: a server over the
 run's base model and LenVM, `lenvm eval control` against it (equal_to, posterior), and the speed of guided against
-unguided requests. One Markdown row a setting; the defaults and the table in docs/serving.md come from here.
+unguided requests. One Markdown row a setting.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ compared token by token with transformers.
     benchmarks/hosts.py                     all settings
     benchmarks/hosts.py tp2 page16          some
 
-One Markdown row a setting: whether it started, how many answers were equal, how many of them guidance had changed. The
-table in docs/compatibility.md is what this printed. Tiny models on the CPU; about a minute a setting.
+One Markdown row a setting: whether it started, how many answers were equal, how many of them guidance had changed. Tiny
+models on the CPU. Settings that are refused at start say so in their row.
 """
 
 from __future__ import annotations
