@@ -225,7 +225,7 @@ def test_seeds_tell_samples_apart_and_repeat() -> None:
 def test_fields_move_into_custom_params() -> None:
     body: dict[str, Any] = {"length_target": 40, "length_mode": "at_most", "custom_params": {"mine": 1}, "prompt": "x"}
     assert lift_fields(body, COMPLETIONS, served=True)
-    assert body["custom_params"] == {"mine": 1, "length_target": 40, "length_mode": "at_most"}
+    assert body["custom_params"] == {"mine": 1, "length_target": 40, "length_mode": "at_most", "lenvm_room": True}
     assert "length_target" not in body
     assert body["max_tokens"] == 2 * 40 + 32
 
