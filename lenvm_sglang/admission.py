@@ -76,7 +76,9 @@ def check_room(params: dict[str, Any], prompt_tokens: int, longest: int, thinks:
         LengthFieldError: a target that must be reached and cannot be.
     """
     custom = params.get("custom_params")
-    request = LengthRequest.parse(custom) if isinstance(custom, dict) else None
+    if not isinstance(custom, dict):
+        return params
+    request = LengthRequest.parse(custom)
     if request is None or request.target is None:
         return params
     check_scope(request, thinks)

@@ -93,7 +93,7 @@ class SequenceOutput:
         """Called by the host after each chunk of the sequence; a sequence read again replaces what it had."""
         kept = self.state.sequence
         assert self.start <= len(kept), f"states {len(kept)} to {self.start} of a sequence were never read"
-        nothing = [0.0] * len(SEQUENCE_COLUMNS)
+        nothing: list[float | None] = [0.0] * len(SEQUENCE_COLUMNS)
         found = [list(map(_finite, row)) for row in self.columns.tolist()]
         rows = zip(found, self.after_stop, strict=True)
         kept[self.start :] = [nothing if ended else row for row, ended in rows]

@@ -362,7 +362,8 @@ def forward_batch(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any)
     from lenvm_sglang.worker import LengthRows
 
     decode = batch.forward_mode.is_decode()
-    index, states, draws, steered, moved = [], [], [], [], []
+    index: list[int] = []
+    states, draws, steered, moved = [], [], [], []
     lengths = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
     for i, req in enumerate(batch.reqs):
         state = admission.state_of(req)

@@ -72,8 +72,13 @@ class LengthRows:
     def only(self, keep: Sequence[int]) -> LengthRows:
         """Some of the rows, by their positions in `states`."""
         moved = [new for new, old in enumerate(keep) if old in self.moved]
-        parts = ([values[i] for i in keep] for values in (self.index, self.states, self.draws, self.steered))
-        return LengthRows(*parts, moved)
+        return LengthRows(
+            [self.index[i] for i in keep],
+            [self.states[i] for i in keep],
+            [self.draws[i] for i in keep],
+            [self.steered[i] for i in keep],
+            moved,
+        )
 
 
 class Read(NamedTuple):
