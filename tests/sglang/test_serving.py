@@ -76,8 +76,8 @@ def test_unguided_rows_are_those_of_a_server_without_lenvm(guided: Server, plain
 
 def test_unguided_logits_are_bit_equal_to_those_without_lenvm(guided: Server, plain: Server) -> None:
     """The same requests one after the other, so that both servers see the same batches."""
-    for i, prompt in enumerate(prompts(6, seed=14)):
-        params = {"max_new_tokens": 12, "temperature": 0.9, "top_p": 0.95, "sampling_seed": i}
+    for prompt in prompts(6, seed=14):
+        params = {"max_new_tokens": 12, "temperature": 0}  # this host honours no seed without deterministic inference
         body = {"input_ids": prompt, "sampling_params": params, "return_logprob": True, "top_logprobs_num": 20}
         ours, theirs = (server.post("/generate", body).json() for server in (guided, plain))
         assert ours["output_ids"] == theirs["output_ids"]
