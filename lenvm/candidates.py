@@ -123,6 +123,42 @@ def build_candidates(
     return Candidates(token_ids, torch.log_softmax(log_p, dim=-1), is_stop)
 
 
+def keep_mass(candidates: Candidates, mass: float) -> Candidates:
+    """Fewer candidates where the base is surer: the most probable that hold `mass` between them, and every stop token.
+
+    Stop tokens stay because near a bound they are what is wanted, however improbable, and scoring them is free.
+
+    Args:
+        candidates: [R, K], most probable first.
+        mass: in (0, 1]; 1 keeps all. The candidate that crosses it is kept.
+
+    Returns:
+        The same slots, the others empty, log-probabilities normalised over the rest. Does not synchronise.
+    """
+    p = candidates.log_p.exp()
+    keep = candidates.kept & ((p.cumsum(-1) - p < mass) | candidates.is_stop)
+    log_p = torch.log_softmax(candidates.log_p.masked_fill(~keep, -torch.inf), dim=-1)
+    return Candidates(candidates.token_ids, log_p, candidates.is_stop)
+
+
+def settle_sure_rows(candidates: Candidates, choice: Tensor, min_entropy: float) -> Candidates:
+    """Leave only the base model's own draw in rows where the base is sure, so that nothing else is scored there.
+
+    Args:
+        candidates: [R, K].
+        choice: [R] int64 slot that the base model alone would take.
+        min_entropy: nats; a row whose candidate distribution has less is sure.
+
+    Returns:
+        The same slots, in sure rows all but one empty. Does not synchronise.
+    """
+    entropy = torch.special.entr(candidates.log_p.exp()).sum(-1)
+    slots = torch.arange(candidates.log_p.shape[-1], device=choice.device)
+    others = (entropy < min_entropy)[:, None] & (slots != choice[:, None])
+    log_p = torch.log_softmax(candidates.log_p.masked_fill(others, -torch.inf), dim=-1)
+    return Candidates(candidates.token_ids, log_p, candidates.is_stop)
+
+
 def _stop_mask(stop_token_ids: Tensor, vocabulary: int) -> Tensor:
     """[R, V] bool from padded ids."""
     rows = stop_token_ids.shape[0]

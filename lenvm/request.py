@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from lenvm.guidance import Control, Mode
 
 MODES = {"equal_to": Mode.EQUAL_TO, "at_most": Mode.AT_MOST, "at_least": Mode.AT_LEAST}
 CONTROLS = {"posterior": Control.POSTERIOR, "hard": Control.HARD, "soft": Control.SOFT}
+SCOPES = ("all", "thinking", "answer")
 DEFAULT_SHARPNESS = {"equal_to": 2.0, "at_most": 1.0, "at_least": 1.0}
 
 FIELD_NAMES = (
@@ -21,11 +23,16 @@ FIELD_NAMES = (
     "length_sharpness",
     "length_tolerance",
     "length_strict",
+    "length_scope",
     "length_bias",
     "return_length_values",
 )
 PREFIX = "length_"
-_NEED_TARGET = ("length_mode", "length_control", "length_sharpness", "length_tolerance", "length_strict")
+_NEED_TARGET = (
+    "length_mode", "length_control", "length_sharpness", "length_tolerance", "length_strict", "length_scope",
+)  # fmt: skip
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 MAX_TARGET = 2**31 - 1
 MAX_SHARPNESS = 1000.0
 MAX_BIAS = 1e6
@@ -53,6 +60,8 @@ class LengthRequest:
         sharpness: exponent a of the posterior.
         tolerance: relative width of `equal_to`'s kernel.
         strict: guarantee the bound.
+        scope: which tokens of a reasoning model the target counts: all, its thinking (the end tag included), or what
+            follows the end tag.
         bias: beta of exponential tilting; None without `length_bias`.
         return_values: whether the response carries the predicted remaining length of each token.
     """
@@ -63,6 +72,7 @@ class LengthRequest:
     sharpness: float = 2.0
     tolerance: float = 0.0
     strict: bool = False
+    scope: str = "all"
     bias: float | None = None
     return_values: bool = False
 
@@ -102,10 +112,10 @@ class LengthRequest:
         """
         for name in body:
             if name.startswith(PREFIX) and name not in FIELD_NAMES:
-                near = difflib.get_close_matches(name, FIELD_NAMES, 1)
+                near = difflib.get_close_matches(name[:80], FIELD_NAMES, 1)
                 raise LengthFieldError(
-                    name,
-                    f"unknown field {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
+                    name[:80],
+                    f"unknown field {shown(name)}{f'; did you mean {near[0]!r}?' if near else '.'} "
                     f"The length fields are {', '.join(FIELD_NAMES)}.",
                 )
         given = {name: body[name] for name in FIELD_NAMES if body.get(name) is not None}
@@ -159,13 +169,24 @@ class LengthRequest:
             tolerance = _number(given, "length_tolerance", "a number from 0 up to, not including, 1")
             if not 0 <= tolerance < 1:
                 raise _wrong("length_tolerance", tolerance, "a number from 0 up to, not including, 1")
+        strict = _boolean(given, "length_strict")
+        scope = given.get("length_scope", "all")
+        if scope not in SCOPES:
+            raise _wrong("length_scope", scope, f"one of {', '.join(SCOPES)}")
+        if scope == "thinking" and strict:
+            raise LengthFieldError(
+                "length_scope",
+                "length_scope 'thinking' cannot be strict, because the end of thinking is no stop token; drop "
+                "length_strict, or cap the thinking with the server's own thinking budget.",
+            )
         return cls(
             target=target,
             mode=mode,
             control=control,
             sharpness=sharpness,
             tolerance=tolerance,
-            strict=_boolean(given, "length_strict"),
+            strict=strict,
+            scope=scope,
             return_values=return_values,
         )
 
@@ -187,23 +208,32 @@ class LengthRequest:
                 f"length_target {self.target} ({self.mode}) cannot be reached with max_tokens {max_tokens}; "
                 "raise max_tokens or lower length_target.",
             )
-        if min_tokens is not None and self.mode != "at_least" and min_tokens > self.target:
+        if min_tokens is not None and self.mode != "at_least" and self.scope == "all" and min_tokens >= self.target:
+            # a server allows the stop token only behind min_tokens other tokens
             raise LengthFieldError(
                 "length_target",
-                f"length_target {self.target} ({self.mode}) contradicts min_tokens {min_tokens}; "
-                "lower min_tokens or raise length_target.",
+                f"length_target {self.target} ({self.mode}) contradicts min_tokens {min_tokens}, which asks for that "
+                "many tokens before the stop token; lower min_tokens or raise length_target.",
             )
 
 
+def shown(value: Any) -> str:
+    """A client's value in an error, which may be megabytes or nested without end."""
+    return _SHORT.repr(value)
+
+
 def _wrong(name: str, got: Any, allowed: str) -> LengthFieldError:
-    return LengthFieldError(name, f"{name} must be {allowed}, got {got!r}.")
+    return LengthFieldError(name, f"{name} must be {allowed}, got {shown(got)}.")
 
 
 def _number(given: Mapping[str, Any], name: str, allowed: str) -> float:
     value = given[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _wrong(name, value, allowed)
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer beyond every float
+        pass
+    raise _wrong(name, value, allowed)
 
 
 def _boolean(given: Mapping[str, Any], name: str) -> bool:

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from lenvm.request import LengthFieldError, LengthRequest
+from lenvm_sglang.scope import Scope, ThinkTags
 from lenvm_sglang.state import RequestState, draw_seed
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,9 @@ SAMPLE_KEY = "lenvm_sample"
 """Entry of `custom_params` that tells the `n` answers of one request apart; ours, refused from clients."""
 SEQUENCE_KEY = "lenvm_sequence_from"
 """Entry of `custom_params` of a request behind `POST /lenvm/values`; ours, refused from clients."""
+ROOM_KEY = "lenvm_room"
+"""Entry of `custom_params` that says that the plug-in chose `max_new_tokens`, so that it may be lowered to what the
+prompt leaves; ours, refused from clients."""
 sequence_from: ContextVar[int | None] = ContextVar("lenvm_sequence_from", default=None)
 """In a task of `POST /lenvm/values`: the position of the last prompt token."""
 NAMESPACE = f"lenvm-{secrets.token_hex(16)}"
@@ -54,6 +58,55 @@ def check_custom_params(custom_params: Mapping[str, Any] | None) -> None:
     for key in custom_params or ():
         if key.startswith("lenvm"):
             raise LengthFieldError(key, f"custom_params must not contain {key!r}; send the length_* fields instead.")
+
+
+def check_room(params: dict[str, Any], prompt_tokens: int, longest: int, thinks: bool) -> dict[str, Any]:
+    """Check a target against the prompt, once its tokens are known.
+
+    Args:
+        params: the request's sampling parameters.
+        prompt_tokens: of its prompt.
+        longest: most tokens of prompt and completion together that the server has room for.
+        thinks: the server knows the tags of the base model's thinking.
+
+    Returns:
+        `params`, or a copy whose `max_new_tokens` is what the prompt leaves, if it is the plug-in's own choice.
+
+    Raises:
+        LengthFieldError: a target that must be reached and cannot be.
+    """
+    custom = params.get("custom_params")
+    if not isinstance(custom, dict):
+        return params
+    request = LengthRequest.parse(custom)
+    if request is None or request.target is None:
+        return params
+    check_scope(request, thinks)
+    room = longest - prompt_tokens
+    if request.mode != "at_most" and request.target > room:
+        raise LengthFieldError(
+            "length_target",
+            f"length_target {request.target} ({request.mode}) cannot be reached: the prompt has {prompt_tokens} tokens "
+            f"and the server has room for {longest} with the answer; lower length_target or shorten the prompt.",
+        )
+    if not custom.get(ROOM_KEY):
+        return params
+    rest = {key: value for key, value in custom.items() if key != ROOM_KEY}
+    return {**params, "custom_params": rest, "max_new_tokens": min(params["max_new_tokens"], max(room, 1))}
+
+
+def check_scope(request: LengthRequest, thinks: bool) -> None:
+    """Refuse a scope that this server cannot tell.
+
+    Raises:
+        LengthFieldError: naming it.
+    """
+    if request.scope != "all" and not thinks:
+        raise LengthFieldError(
+            "length_scope",
+            f"length_scope {request.scope!r} needs a server that knows where thinking ends; start it with "
+            "--reasoning-parser, for a model whose end tag is one token, or drop length_scope.",
+        )
 
 
 def check_sampling_params(params: Any, served: bool) -> None:
@@ -147,7 +200,21 @@ def state_of(req: Any) -> RequestState | None:
     return getattr(req, "lenvm_state", None)
 
 
-def admit(req: Any, served: bool, default_stop_token_ids: frozenset[int], own_prefixes: bool = True) -> None:
+def state_now(req: Any) -> RequestState | None:
+    """The same, after a look at the tokens committed since."""
+    state = state_of(req)
+    if state is not None and state.scope is not None:
+        state.scope.read(req.output_ids)
+    return state
+
+
+def admit(
+    req: Any,
+    served: bool,
+    default_stop_token_ids: frozenset[int],
+    own_prefixes: bool = True,
+    tags: ThinkTags | None = None,
+) -> None:
     """Give a new host request its state and its radix namespace, if it carries length fields.
 
     The front end has checked the fields; if something is wrong all the same, the request is aborted with its sentence.
@@ -157,6 +224,7 @@ def admit(req: Any, served: bool, default_stop_token_ids: frozenset[int], own_pr
         served: whether this scheduler has a value worker.
         default_stop_token_ids: stop tokens that every request has.
         own_prefixes: whether it reuses cached prefixes of such requests only (`NAMESPACE`).
+        tags: of the base model's thinking, if it is known.
     """
     params = req.sampling_params
     custom = params.custom_params
@@ -164,6 +232,8 @@ def admit(req: Any, served: bool, default_stop_token_ids: frozenset[int], own_pr
         return
     try:
         request = parse_fields(custom, served)
+        if request is not None:
+            check_scope(request, tags is not None)
     except LengthFieldError as error:
         req.set_finish_with_abort(str(error))
         return
@@ -182,6 +252,11 @@ def admit(req: Any, served: bool, default_stop_token_ids: frozenset[int], own_pr
         min_p=params.min_p,
         greedy=greedy,
     )
+    if request.scope != "all" and tags is not None:
+        reasoning = bool(getattr(req, "require_reasoning", False))
+        req.lenvm_state.scope = Scope.begin(
+            request.scope, tags, req.origin_input_ids, default_stop_token_ids, reasoning
+        )
     begin = custom.get(SEQUENCE_KEY)
     if begin is not None:
         behind = enumerate(req.origin_input_ids[begin + 1 :], start=begin + 1)

@@ -30,6 +30,10 @@ ChatPrompt = Callable[[Any, Any], "list[int] | str"]
 """From the application and a ChatCompletionRequest to the prompt that the host makes of it."""
 
 
+class ValueModelError(RuntimeError):
+    """The value model failed; HTTP 500 with this sentence."""
+
+
 @dataclass(frozen=True)
 class Host:
     """What the endpoints need of the host.
@@ -97,7 +101,10 @@ class Host:
         )
         async for out in outputs:
             if REPORT_KEY in out:
-                return dict(out[REPORT_KEY])
+                report = dict(out[REPORT_KEY])
+                if None in (report.get("predicted_length", 0), *(x for row in report.get("sequence", ()) for x in row)):
+                    raise ValueModelError("the length value model gave NaN or infinity for this prompt.")
+                return report
         raise ValueError("the server gave no answer.")
 
 
@@ -108,9 +115,10 @@ def mount(host: Host, info: dict[str, Any] | None) -> None:
     from fastapi import Request
     from fastapi.responses import HTMLResponse, JSONResponse
 
-    def refuse(message: str) -> JSONResponse:
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": 400}
-        return JSONResponse({"error": error}, status_code=400)
+    def refuse(message: str, code: int = 400) -> JSONResponse:
+        kind = "invalid_request_error" if code == 400 else "internal_server_error"
+        error = {"message": message, "type": kind, "param": None, "code": code}
+        return JSONResponse({"error": error}, status_code=code)
 
     async def answer(work: Callable[[bytes], Coroutine[Any, Any, Sequence[BaseModel]]], body: bytes) -> JSONResponse:
         try:
@@ -119,6 +127,8 @@ def mount(host: Host, info: dict[str, Any] | None) -> None:
             return refuse(problems(error))
         except ValueError as error:
             return refuse(str(error))
+        except ValueModelError as error:
+            return refuse(str(error), 500)
         return JSONResponse({"object": "list", "data": [one.model_dump() for one in data]})
 
     async def lenvm_info() -> dict[str, Any]:

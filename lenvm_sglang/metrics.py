@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lenvm.request import LengthRequest
 from lenvm_kernels.results import Status
+from lenvm_sglang.scope import counted
 
 ERROR_BUCKETS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -43,14 +44,16 @@ class RequestMetrics:
             buckets=ERROR_BUCKETS,
         )
 
-    def finished(self, request: LengthRequest, completion_tokens: int, finish: str) -> None:
-        """Count a request that ended."""
+    def finished(self, request: LengthRequest, completion_tokens: int, finish: str, thought: int | None = None) -> None:
+        """Count a request that ended; `thought` is the length of its thinking, where the target has a scope."""
         mode = request.mode if request.target is not None else "none"
         control = request.control_code.name.lower()
         self.requests.labels(mode, control, finish).inc()
         self.tokens.labels(mode, control).inc(completion_tokens)
         if request.target is not None and finish != "abort":
-            self.error.labels(mode).observe(miss(request.mode, request.target, completion_tokens))
+            self.error.labels(mode).observe(
+                miss(request.mode, request.target, counted(request.scope, thought, completion_tokens))
+            )
 
 
 def miss(mode: str, target: int, achieved: int) -> int:
@@ -71,6 +74,9 @@ class StepMetrics:
         )
         for reason in FALLBACKS:
             self.fallbacks.labels(reason)  # a rate needs the zero
+        self.failures = Counter(
+            "lenvm_failed_requests", "Requests that ended with an error because a forward of the value model raised."
+        )
         self.seconds = Histogram(
             "lenvm_step_seconds",
             "Host time of the value model's part of a step: reading what the base model read, or choosing tokens.",

@@ -11,8 +11,15 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from lenvm.request import FIELD_NAMES, PREFIX, LengthFieldError, LengthRequest
-from lenvm_sglang.admission import UNSUPPORTED_COMPANIONS, check_companions, check_custom_params, parse_fields
+from lenvm.request import FIELD_NAMES, PREFIX, LengthFieldError, LengthRequest, shown
+from lenvm_sglang.admission import (
+    ROOM_KEY,
+    UNSUPPORTED_COMPANIONS,
+    check_companions,
+    check_custom_params,
+    check_scope,
+    parse_fields,
+)
 from lenvm_sglang.outputs import REPORT_KEY
 from lenvm_sglang.responses import DELTA_KEY, Collected, collected
 
@@ -36,12 +43,13 @@ _MARKS = (b'"length_', b'"return_length_values"', b'"lenvm')
 _DEFAULT_MAX_TOKENS = {COMPLETIONS: 16, GENERATE: 128}
 
 
-def room_for(request: LengthRequest, path: str) -> int | None:
-    """`max_tokens` of a request with a target that sets none, where the host's default would cut it short."""
+def room_for(request: LengthRequest, path: str, context_length: int) -> int | None:
+    """`max_tokens` of a request with a target that sets none, where the host's default would cut it short; lowered to
+    what the prompt leaves when that is known (`admission.check_room`)."""
     default = _DEFAULT_MAX_TOKENS.get(path)
     if default is None or request.target is None:
-        return default
-    return max(default, 2 * request.target + 32)
+        return None
+    return max(default, 2 * request.target + 32) if request.scope == "all" else context_length
 
 
 def _is_length_field(name: str) -> bool:
@@ -62,12 +70,14 @@ def _merge(outer: Fields, inner: Fields) -> Fields:
     for name in outer.keys() & inner.keys():
         if outer[name] != inner[name]:
             raise LengthFieldError(
-                name, f"{name} is given twice, as {outer[name]!r} and as {inner[name]!r}; send one of them."
+                name, f"{name} is given twice, as {shown(outer[name])} and as {shown(inner[name])}; send one of them."
             )
     return {**outer, **inner}
 
 
-def _into_custom_params(target: Fields, given: Fields, served: bool, path: str, context_length: int) -> bool:
+def _into_custom_params(
+    target: Fields, given: Fields, served: bool, path: str, context_length: int, thinks: bool
+) -> bool:
     """Check the length fields of one request and put them where the host carries them.
 
     Args:
@@ -84,14 +94,15 @@ def _into_custom_params(target: Fields, given: Fields, served: bool, path: str, 
     request = parse_fields(fields, served)
     if request is None:
         return False
+    check_scope(request, thinks)
     names = {
         CHAT: ("max_completion_tokens", "max_tokens"),
         COMPLETIONS: ("max_tokens",),
         GENERATE: ("max_new_tokens",),
     }[path]
     max_tokens = next((target[n] for n in names if target.get(n) is not None), None)
-    if max_tokens is None and (room := room_for(request, path)) is not None:
-        target[names[0]] = room
+    if max_tokens is None and (room := room_for(request, path, context_length)) is not None:
+        target[names[0]], custom[ROOM_KEY] = room, True
     minimum = target.get("min_new_tokens" if path == GENERATE else "min_tokens")
     request.check_against(
         max_tokens=max_tokens if isinstance(max_tokens, int) else None,
@@ -115,7 +126,7 @@ def _into_custom_params(target: Fields, given: Fields, served: bool, path: str, 
     return True
 
 
-def lift_fields(body: Any, path: str, served: bool, context_length: int = 1 << 62) -> bool:
+def lift_fields(body: Any, path: str, served: bool, context_length: int = 1 << 62, thinks: bool = False) -> bool:
     """Check a request body's length fields and move them into `custom_params`, in place.
 
     Args:
@@ -123,6 +134,7 @@ def lift_fields(body: Any, path: str, served: bool, context_length: int = 1 << 6
         path: one of CHAT, COMPLETIONS, GENERATE.
         served: whether the server has a length value model.
         context_length: of the server, in tokens.
+        thinks: it knows the tags of the base model's thinking.
 
     Returns:
         Whether the request (or one of its batch) carries length fields.
@@ -134,7 +146,7 @@ def lift_fields(body: Any, path: str, served: bool, context_length: int = 1 << 6
         return False
     given = _take(body)
     if path != GENERATE:
-        return _into_custom_params(body, given, served, path, context_length)
+        return _into_custom_params(body, given, served, path, context_length, thinks)
     other = {n: body.get(n) for n in UNSUPPORTED_COMPANIONS}
     params = body.get("sampling_params")
     if params is None and given:
@@ -142,7 +154,7 @@ def lift_fields(body: Any, path: str, served: bool, context_length: int = 1 << 6
     found = False
     for one in params if isinstance(params, list) else [params]:
         if isinstance(one, dict):
-            carries = _into_custom_params(one, _merge(given, _take(one)), served, path, context_length)
+            carries = _into_custom_params(one, _merge(given, _take(one)), served, path, context_length, thinks)
             if carries:
                 request = LengthRequest.parse(one["custom_params"])
                 assert request is not None
@@ -157,12 +169,14 @@ class LengthFieldsMiddleware:
     Attributes:
         served: whether the server has a length value model.
         context_length: of the server, in tokens.
+        thinks: it knows the tags of the base model's thinking.
     """
 
-    def __init__(self, app: Any, served: bool, context_length: int) -> None:
+    def __init__(self, app: Any, served: bool, context_length: int, thinks: bool = False) -> None:
         self.app = app
         self.served = served
         self.context_length = context_length
+        self.thinks = thinks
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         path = scope.get("path", "").rstrip("/")
@@ -178,12 +192,15 @@ class LengthFieldsMiddleware:
         if raw is None:
             return
         try:
-            if any(mark in raw for mark in _MARKS):
+            if _may_name_fields(raw):
                 changed, guided = self._rewrite(raw, path, known)
             else:
                 changed, guided = raw, False
         except LengthFieldError as error:
             await _refuse(send, error)
+            return
+        except RecursionError:
+            await _refuse(send, LengthFieldError("body", "the body is nested too deeply; send fewer levels."))
             return
         if changed is not raw:
             length = str(len(changed)).encode()
@@ -211,8 +228,16 @@ class LengthFieldsMiddleware:
                     fields[0], f"{fields[0]} is not supported on {path}; use {CHAT}, {COMPLETIONS} or {GENERATE}."
                 )
             return raw, False
-        guided = lift_fields(body, path, self.served, self.context_length)
+        guided = lift_fields(body, path, self.served, self.context_length, self.thinks)
         return (json.dumps(body).encode(), True) if guided else (raw, False)
+
+
+def _may_name_fields(raw: bytes) -> bool:
+    """Whether a body has to be parsed to know that it names no length field.
+
+    JSON may spell any letter as an escape, and may come in UTF-16 or UTF-32; the routes read both.
+    """
+    return any(mark in raw for mark in _MARKS) or b"\\u00" in raw or b"\0" in raw[:4]
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from lenvm.request import CONTROLS, FIELD_NAMES, MAX_BIAS, MAX_SHARPNESS, MAX_TARGET, MODES
+from lenvm.request import CONTROLS, FIELD_NAMES, MAX_BIAS, MAX_SHARPNESS, MAX_TARGET, MODES, SCOPES
 from lenvm_sglang.middleware import CHAT, COMPLETIONS, GENERATE
 from lenvm_sglang.outputs import REPORT_KEY
 from lenvm_sglang.responses import DELTA_KEY
@@ -50,6 +50,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "length_strict": _field(
         "Guarantee the bound: stop tokens are banned before it and forced at it; default false." + _NEEDS_TARGET,
         type="boolean",
+    ),
+    "length_scope": _field(
+        "What the target counts of a reasoning model: all (default), its thinking (end tag included), or the answer "
+        "behind it. Needs `length_target` and a server with `--reasoning-parser`.",
+        type="string",
+        enum=list(SCOPES),
     ),
     "length_bias": _field(
         "Exponential tilting: negative is shorter, positive longer; not together with `length_target`.",

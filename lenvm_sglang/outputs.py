@@ -6,6 +6,7 @@ host commits the tokens, and leave the scheduler as customised response metadata
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,9 +64,9 @@ class HostLengthOutput:
         for row, state, length in zip(self.index, self.states, self.lengths.tolist(), strict=True):
             if self.at_prompt:
                 if state.predicted_length is None:
-                    state.predicted_length, *state.quantiles = length
+                    state.predicted_length, *state.quantiles = map(_finite, length)
             elif commits[row] is not None:
-                state.values.append(length)
+                state.values.append(_finite(length))
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,15 @@ class SequenceOutput:
         """Called by the host after each chunk of the sequence; a sequence read again replaces what it had."""
         kept = self.state.sequence
         assert self.start <= len(kept), f"states {len(kept)} to {self.start} of a sequence were never read"
-        nothing = [0.0] * len(SEQUENCE_COLUMNS)
-        rows = zip(self.columns.tolist(), self.after_stop, strict=True)
+        nothing: list[float | None] = [0.0] * len(SEQUENCE_COLUMNS)
+        found = [list(map(_finite, row)) for row in self.columns.tolist()]
+        rows = zip(found, self.after_stop, strict=True)
         kept[self.start :] = [nothing if ended else row for row, ended in rows]
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no NaN: what a broken value model says is null."""
+    return number if math.isfinite(number) else None
 
 
 def reporting_streamer(base: type, state_of: Callable[[Any], RequestState | None]) -> type:

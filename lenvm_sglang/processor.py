@@ -16,15 +16,18 @@ import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from torch import Tensor
 
-from lenvm.candidates import Candidates
+from lenvm.candidates import Candidates, keep_mass, settle_sure_rows
 from lenvm.definitions import length_from_logit
 from lenvm.format import LenvmConfig
-from lenvm.guidance import Control, Scores, predicted_lengths
+from lenvm.guidance import Control, GuidanceRows, Scores, predicted_lengths
 from lenvm.lognormal import lognormal_log_q
 from lenvm.lookahead import prompt_distribution, prompt_summary
+from lenvm.sampler import draw
 from lenvm_kernels import build_candidates, tilt_sample
 from lenvm_sglang.metrics import FallbackOutput, StepMetrics
 from lenvm_sglang.outputs import QUANTILES, LengthOutput, SequenceOutput
+from lenvm_sglang.scope import aim, probe_end
+from lenvm_sglang.state import RowParameters, to_device
 from lenvm_sglang.worker import LengthRows, Place, Read, ValueWorker
 
 if TYPE_CHECKING:
@@ -104,7 +107,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             if self.worker.ahead is None:
                 lengths = prompt_lengths(self.worker.scores(read, [ends[i] - 1 for i in wanted]), self.worker.lenvm)
             else:
-                chosen = LengthRows(index, states, [True] * len(index))
+                chosen = LengthRows(index, states, [True] * len(index), [False] * len(index))
                 lengths = self._prompt_ahead(batch, chosen, output.next_token_logits)
             outputs.append(LengthOutput(index, states, lengths, at_prompt=True))
         for i, state in enumerate(rows.states):
@@ -183,11 +186,21 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             guidance if place.strict else None,
             place.reach,
         )
-        if worker.waits_for_nobody:
-            # Kept slots are a prefix of the sorted set; with no device to wait for, narrow the forward to them.
-            candidates = narrow(candidates, int(candidates.kept.sum(-1).max()))
+        candidates = self._fewer(candidates, parameters, guidance)
+        thinking, scored = any(state.think_end >= 0 for state in rows.states), candidates
+        if thinking:
+            candidates, scored = probe_end(candidates, parameters.think_end)
+        elif worker.waits_for_nobody:
+            # With no device to wait for, narrow the forward to the slots that any row uses.
+            candidates = scored = narrow(candidates, used_slots(candidates))
         by_value = not place.present.isdisjoint(BY_VALUE)
-        scores = worker.score(place, lengths, host_lengths(batch, place, worker), candidates, by_value)
+        scores = worker.score(place, lengths, host_lengths(batch, place, worker), scored, by_value)
+        if thinking:
+            if batch.forward_mode.is_decode():
+                over = place.take(batch.input_ids) == parameters.think_end
+            else:
+                over = to_device([state.thought for state in rows.states], torch.bool, logits.device)
+            guidance = aim(guidance, parameters.think_end, over, scored, scores, worker.lenvm)
         sample = tilt_sample(
             candidates,
             scores,
@@ -208,6 +221,17 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             step.logits[place.index, sample.token_id] = 0.0
         worker.remember(place, sample.slot)
         self._report(step, place, sample.length)
+
+    def _fewer(self, candidates: Candidates, parameters: RowParameters, guidance: GuidanceRows) -> Candidates:
+        """What the server's settings leave of the candidates where the base model is sure."""
+        settings = self.worker.settings
+        if settings.candidate_mass < 1:
+            candidates = keep_mass(candidates, settings.candidate_mass)
+        if settings.min_entropy > 0:
+            emitted, greedy = guidance.emitted, parameters.greedy
+            choice = draw(candidates.log_p, candidates.token_ids, parameters.seed, emitted, greedy)
+            candidates = settle_sure_rows(candidates, choice, settings.min_entropy)
+        return candidates
 
     def watch(self, step: SamplingStep, token_ids: Tensor) -> None:
         """Score the tokens that the host drew in rows which only ask for values; nothing is changed.
@@ -252,6 +276,12 @@ def prompt_lengths(scores: Scores, lenvm: LenvmConfig) -> Tensor:
         log_q, bins = lognormal_log_q(scores.z, lenvm)
         expected = length_from_logit(scores.z, lenvm.gamma)
     return torch.stack([expected, *(bins.quantile(log_q, p).float() for p in QUANTILES)], dim=-1)
+
+
+def used_slots(candidates: Candidates) -> int:
+    """How many of the first slots hold every candidate; at least one, also where logits were NaN and none is left."""
+    used = candidates.kept.any(0).nonzero()
+    return int(used.max()) + 1 if len(used) else 1
 
 
 def narrow(candidates: Candidates, width: int) -> Candidates:

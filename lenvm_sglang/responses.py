@@ -16,9 +16,11 @@ from typing import Any
 
 from lenvm.request import LengthRequest
 from lenvm_sglang.outputs import QUANTILES, REPORT_KEY
+from lenvm_sglang.scope import counted
 
 Report = dict[str, Any]
-"""`{"predicted_length", "target", "mode", "achieved"}`; with `return_length_values` also "values" and "quantiles"."""
+"""`{"predicted_length", "target", "mode", "achieved"}`; with a `length_scope` also "scope"; with
+`return_length_values` also "values" and "quantiles"."""
 DELTA_KEY = "lenvm_delta"
 """Entry of streamed outputs: `{"predicted_length", "values"}`, the values those of the tokens that are new."""
 
@@ -50,16 +52,18 @@ class Progress:
         predicted_length, quantiles: at the prompt boundary, in tokens.
         values: predicted remaining length after each token so far.
         sent: how many of them have gone into deltas.
+        thought: tokens of the thinking, where the target has a scope; None as long as it is not over.
         sequence: every state of a sequence that is only read (`lenvm_sglang.outputs.SEQUENCE_COLUMNS`).
     """
 
     request: LengthRequest
     stream: bool
     predicted_length: float | None = None
-    quantiles: list[float] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
+    quantiles: list[float | None] = field(default_factory=list)
+    values: list[float | None] = field(default_factory=list)
     sent: int = 0
-    sequence: list[list[float]] | None = None
+    thought: int | None = None
+    sequence: list[list[float | None]] | None = None
 
     def take_delta(self, until: int) -> Report | None:
         """Values up to token `until` that have not been sent; None if there are none."""
@@ -76,8 +80,10 @@ class Progress:
             "predicted_length": self.predicted_length,
             "target": request.target,
             "mode": request.mode if request.target is not None else None,
-            "achieved": completion_tokens,
+            "achieved": counted(request.scope, self.thought, completion_tokens),
         }
+        if request.scope != "all":
+            report["scope"] = request.scope
         if request.return_values:
             report["values"] = self.values
             report["quantiles"] = dict(zip((f"p{round(100 * p)}" for p in QUANTILES), self.quantiles, strict=False))
@@ -116,7 +122,7 @@ def accumulate(state: Any, reported: Report) -> Progress | None:
         progress = state.__dict__["lenvm_progress"] = Progress(request, bool(getattr(state.obj, "stream", False)))
     progress.values.extend(reported["values"])
     progress.predicted_length, progress.quantiles = reported["predicted_length"], reported["quantiles"]
-    progress.sequence = reported.get("sequence")
+    progress.thought, progress.sequence = reported.get("thought"), reported.get("sequence")
     return progress
 
 

@@ -127,11 +127,14 @@ class LengthReport(BaseModel):
     predicted_length: float | None = Field(description=_PREDICTED)
     target: int | None = Field(description="`length_target` of the request.")
     mode: str | None = Field(description="`length_mode` of the request; null without a target.")
-    achieved: int = Field(description="Completion tokens, stop token included.")
-    values: list[float] | None = Field(
+    achieved: int = Field(
+        description="Completion tokens, stop token included; with `scope`, those of the thinking or of the answer."
+    )
+    scope: str | None = Field(None, description="`length_scope` of the request, where it is not `all`.")
+    values: list[float | None] | None = Field(
         None, description="With `return_length_values`: predicted remaining length after each token."
     )
-    quantiles: dict[str, float] | None = Field(
+    quantiles: dict[str, float | None] | None = Field(
         None, description="With `return_length_values`: p10, p50, p90 of the completion length at the prompt."
     )
 
@@ -140,7 +143,7 @@ class LengthDelta(BaseModel):
     """`lenvm_delta` of a streamed choice, with `return_length_values`."""
 
     predicted_length: float | None = Field(description=_PREDICTED)
-    values: list[float] = Field(description="Predicted remaining length after each token since the last delta.")
+    values: list[float | None] = Field(description="Predicted remaining length after each token since the last delta.")
 
 
 _EXPECTED = {

@@ -12,10 +12,12 @@ import pkgutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from lenvm_sglang import admission, responses, settings
 from lenvm_sglang.metrics import RequestMetrics, request_metrics, step_metrics
+from lenvm_sglang.scope import ThinkTags
 from lenvm_sglang.settings import Settings, StartError
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ class Process:
         worker: the value worker of a scheduler process.
         step: the sampling step under way in a scheduler process.
         metrics: of the front end's process, with `--enable-metrics`.
+        longest: in a front end's process, most tokens of prompt and completion together.
+        think_tags: of the base model, where a reasoning parser names them.
     """
 
     settings: Settings | None = None
@@ -45,6 +49,8 @@ class Process:
     worker: Any = None
     step: Any = None
     metrics: RequestMetrics | None = None
+    longest: int = 0
+    think_tags: ThinkTags | None = None
 
     @property
     def served(self) -> bool:
@@ -66,7 +72,7 @@ def from_cli_args(result: Any, cls: type, args: Any) -> None:
     """AFTER ServerArgs.from_cli_args: our settings ride on the result."""
     process.command_line = True
     try:
-        ours = settings.settings_from(getattr(args, "lenvm_model", None), getattr(args, "lenvm_max_candidates", None))
+        ours = settings.settings_from(vars(args))
         if ours is not None:
             verify()
     except (StartError, SeamError) as error:
@@ -84,7 +90,13 @@ def launch_subprocesses(original: Callable[..., Any], cls: type, server_args: An
             if process.command_line:
                 raise SystemExit(f"lenvm: {error}") from None
             raise
-    return original(cls, server_args, *args, **kwargs)
+    started = original(cls, server_args, *args, **kwargs)
+    for part in started:
+        for info in getattr(part, "scheduler_infos", None) or ():
+            if (ours := info.get("lenvm")) is not None:
+                process.longest = ours["max_request_tokens"]
+                process.think_tags = ours["think_tags"] and ThinkTags(*ours["think_tags"])
+    return started
 
 
 def check_start(server_args: Any, ours: Settings) -> None:
@@ -132,7 +144,12 @@ def setup_http(original: Callable[..., Any], server_args: Any, tokenizer_manager
     context_length = tokenizer_manager.model_config.context_len
     # innermost: after the host has authenticated the request and decompressed its body
     http_server.app.user_middleware.append(
-        Middleware(LengthFieldsMiddleware, served=process.served, context_length=context_length)
+        Middleware(
+            LengthFieldsMiddleware,
+            served=process.served,
+            context_length=context_length,
+            thinks=process.think_tags is not None,
+        )
     )
     if process.served:
         openapi.extend(http_server.app)
@@ -150,10 +167,11 @@ def setup_http(original: Callable[..., Any], server_args: Any, tokenizer_manager
 
 
 def build_server_args(**kwargs: Any) -> Any:
-    """`Engine.server_args_class`, the host's own place for overriding: also takes lenvm_model, lenvm_max_candidates."""
+    """`Engine.server_args_class`, the host's own place for overriding: also takes lenvm_model and its options."""
     from sglang.srt.server_args import ServerArgs
 
-    ours = settings.settings_from(kwargs.pop("lenvm_model", None), kwargs.pop("lenvm_max_candidates", None))
+    names = ("lenvm_model", *(f"lenvm_{option}" for option in settings.OPTIONS))
+    ours = settings.settings_from({name: kwargs.pop(name, None) for name in names})
     server_args = ServerArgs(**kwargs)
     settings.attach(server_args, ours)
     return server_args
@@ -165,6 +183,16 @@ def build_server_args(**kwargs: Any) -> Any:
 def verify_sampling_params(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER SamplingParams.verify: the last gate before the scheduler, whatever road a request took."""
     admission.check_sampling_params(self, process.served)
+
+
+def validate_request(original: Callable[..., None], self: Any, obj: Any, input_ids: Any) -> None:
+    """AROUND TokenizerManager._validate_one_request: a target against the prompt's tokens."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    if process.served and isinstance(obj, GenerateReqInput) and input_ids is not None:
+        thinks = process.think_tags is not None
+        obj.sampling_params = admission.check_room(obj.sampling_params, len(input_ids), process.longest, thinks)
+    original(self, obj, input_ids)
 
 
 async def generate_request(
@@ -194,7 +222,9 @@ def update_meta_info(original: Callable[..., Any], self: Any, meta_info: dict[st
         return
     responses.annotate_metadata(meta_info, progress, finish_reason is not None)
     if process.metrics is not None and finish_reason is not None and progress.sequence is None:
-        process.metrics.finished(progress.request, meta_info["completion_tokens"], finish_reason["type"])
+        process.metrics.finished(
+            progress.request, meta_info["completion_tokens"], finish_reason["type"], progress.thought
+        )
 
 
 def send_one_request(self: Any, tokenized: Any) -> None:
@@ -274,7 +304,7 @@ def output_streamer_class(result: type, self: Any) -> type | None:
         return None
     from lenvm_sglang.outputs import reporting_streamer
 
-    return reporting_streamer(result, admission.state_of)
+    return reporting_streamer(result, admission.state_now)
 
 
 def init_info(result: dict[str, Any], self: Any) -> None:
@@ -283,7 +313,26 @@ def init_info(result: dict[str, Any], self: Any) -> None:
     if process.settings is not None:
         if process.worker is None:
             raise StartError("the length value model was not loaded, although --lenvm-model was given.")
-        result["lenvm"] = process.worker.info()
+        process.think_tags = think_tags(self)
+        result["lenvm"] = {
+            **process.worker.info(),
+            "max_request_tokens": self.max_req_len - 1,
+            "think_tags": process.think_tags and list(process.think_tags),
+        }
+
+
+def think_tags(scheduler: Any) -> ThinkTags | None:
+    """The tags of the base model's thinking, where the host knows them and the end tag is one token."""
+    from sglang.srt.parser.reasoning_parser import ReasoningParser
+    from sglang.srt.runtime_context import get_serving
+
+    end = scheduler.model_config.think_end_ids
+    if scheduler.tokenizer is None or end is None or len(end) != 1:
+        return None
+    name = get_serving().reasoning_parser
+    parser = ReasoningParser(model_type=name, stream_reasoning=False, tokenizer=scheduler.tokenizer)
+    start = scheduler.tokenizer.encode(parser.detector.think_start_token, add_special_tokens=False)
+    return ThinkTags(start[0] if len(start) == 1 else None, end[0])
 
 
 def data_parallel_info(result: dict[str, Any], self: Any) -> None:
@@ -303,7 +352,8 @@ def create_request(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         stops.add(self.tokenizer.eos_token_id)
         stops |= set(getattr(self.tokenizer, "additional_stop_token_ids", None) or ())
     own_prefixes = process.worker is None or process.worker.own_prefixes
-    admission.admit(result, process.served, frozenset(t for t in stops if t is not None), own_prefixes)
+    stop_ids = frozenset(t for t in stops if t is not None)
+    admission.admit(result, process.served, stop_ids, own_prefixes, process.think_tags)
 
 
 def max_prefix_len(result: int, self: Any, *args: Any, **kwargs: Any) -> int:
@@ -322,26 +372,38 @@ def forward_batch(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any)
 
         result.capture_hidden_mode = max(result.capture_hidden_mode, CaptureHiddenMode.LAST)
     decode = batch.forward_mode.is_decode()
-    index, states, draws = [], [], []
+    index: list[int] = []
+    states, draws, steered, moved = [], [], [], []
+    lengths = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
     for i, req in enumerate(batch.reqs):
         state = admission.state_of(req)
-        if state is None:
+        if state is None or state.failed:
             continue
-        index.append(i)
-        states.append(state)
         if not decode:
             state.prompt_tokens = len(req.origin_input_ids)  # the host may have truncated it since admission
+        if state.scope is not None and state.scope.read(req.output_ids) and decode:
+            moved.append(len(index))
+        index.append(i)
+        states.append(state)
+        steered.append(
+            state.request.steers if state.scope is None else state.steers_at(int(lengths[i]) - state.prompt_tokens)
+        )
         whole = decode or req.extend_end == len(req.full_untruncated_fill_ids)
         draws.append(whole and req.sampling_params.max_new_tokens != 0 and state.sequence_from is None)
-    result.lenvm_rows = LengthRows(index, states, draws) if index else None
+    result.lenvm_requests = [batch.reqs[i] for i in index]
+    result.lenvm_rows = LengthRows(index, states, draws, steered, moved) if index else None
 
 
 def model_forward(result: Any, self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ModelRunner.forward: value KV of what the base model just read, and the prompt boundary's prediction."""
     rows = getattr(forward_batch, "lenvm_rows", None)
     processor = getattr(self, "lenvm_processor", None)
-    if rows is not None and processor is not None:
-        forward_batch.lenvm_read = processor.follow(forward_batch, rows, result.logits_output)
+    if rows is None or processor is None:
+        return
+    from lenvm_sglang import isolation
+
+    forward_batch.lenvm_read, failed = isolation.follow(processor, forward_batch, rows, result.logits_output)
+    fail_requests(forward_batch, processor, failed)
 
 
 def model_sample(original: Callable[..., Any], self: Any, logits_output: Any, forward_batch: Any) -> Any:
@@ -353,6 +415,8 @@ def model_sample(original: Callable[..., Any], self: Any, logits_output: Any, fo
     from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB
     from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
+    from lenvm_sglang import isolation
+
     step = processor.begin(
         forward_batch, rows, logits_output.next_token_logits, scale_logprobs=not SGLANG_RETURN_ORIGINAL_LOGPROB
     )
@@ -361,9 +425,9 @@ def model_sample(original: Callable[..., Any], self: Any, logits_output: Any, fo
         token_ids = original(self, logits_output, forward_batch)
     finally:
         process.step = None
-    if step.steered is not None and step.index is None:
+    if step.steered is not None:
         raise RuntimeError("lenvm: the host's sampler did not pass through Sampler._preprocess_logits.")
-    processor.watch(step, token_ids)
+    fail_requests(forward_batch, processor, isolation.watch(step, token_ids))
     for output in (*forward_batch.lenvm_read, *step.outputs):
         current = logits_output.auxiliary_device_output
         logits_output.auxiliary_device_output = append_auxiliary_output(current, output)
@@ -374,7 +438,30 @@ def preprocess_logits(result: Any, self: Any, logits: Any, sampling_info: Any) -
     """AFTER Sampler._preprocess_logits: steer, if this is the tensor that is sampled from and not a copy."""
     step = process.step
     if step is not None and step.logits is logits:
-        step.processor.steer(step)
+        from lenvm_sglang import isolation
+
+        fail_requests(step.batch, step.processor, isolation.steer(step))
+
+
+def fail_requests(forward_batch: Any, processor: Any, failed: list[tuple[Any, Exception]]) -> None:
+    """Requests for which the value model raised end with an error, and their value KV is never reused."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    requests = (
+        {
+            id(state): req
+            for state, req in zip(forward_batch.lenvm_rows.states, forward_batch.lenvm_requests, strict=True)
+        }
+        if failed
+        else {}
+    )
+    for state, error in failed:
+        req = requests[id(state)]
+        state.failed = req.skip_radix_cache_insert = True
+        message = f"the length value model failed on this request ({type(error).__name__}: {error})."
+        req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+    if failed and processor.metrics is not None:
+        processor.metrics.failures.inc(len(failed))
 
 
 def compute_logprobs(self: Any, logprobs: Any, *args: Any, **kwargs: Any) -> None:
@@ -397,6 +484,7 @@ HOOKS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("sglang.srt.entrypoints.engine.Engine._launch_subprocesses", "AROUND", launch_subprocesses),
     ("sglang.srt.entrypoints.http_server._setup_and_run_http_server", "AROUND", setup_http),
     ("sglang.srt.sampling.sampling_params.SamplingParams.verify", "AFTER", verify_sampling_params),
+    (_TOKENIZER + "_validate_one_request", "AROUND", validate_request),
     (_TOKENIZER + "generate_request", "AROUND", generate_request),
     (_TOKENIZER + "update_request_meta_info", "AROUND", update_meta_info),
     (_TOKENIZER + "_send_one_request", "BEFORE", send_one_request),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 from lenvm.format import ARCHITECTURE_SUFFIX, LenvmConfig, read_lenvm_config
 
 DEFAULT_MAX_CANDIDATES = 16
+DEFAULT_CANDIDATE_MASS = 1.0
+DEFAULT_MIN_ENTROPY = 0.0
 MAX_CANDIDATES_LIMIT = 256
 ATTRIBUTE = "_lenvm"
 """Where the settings ride on SGLang's ServerArgs. A name that begins with an underscore and is no field of the record
@@ -23,20 +27,32 @@ class StartError(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """`--lenvm-model` and `--lenvm-max-candidates`.
+    """`--lenvm-model` and the flags beside it.
 
     Attributes:
         model: directory of the length value model.
         max_candidates: K, the most candidates of a token that are scored.
+        candidate_mass: of them, only the most probable that hold this much of their probability, and stop tokens.
+        min_entropy: nats; where the candidates' distribution has less, the base model draws and nothing is scored.
     """
 
     model: str
     max_candidates: int = DEFAULT_MAX_CANDIDATES
+    candidate_mass: float = DEFAULT_CANDIDATE_MASS
+    min_entropy: float = DEFAULT_MIN_ENTROPY
 
     def __post_init__(self) -> None:
         if not 2 <= self.max_candidates <= MAX_CANDIDATES_LIMIT:
             raise StartError(
                 f"--lenvm-max-candidates must be between 2 and {MAX_CANDIDATES_LIMIT}, got {self.max_candidates}."
+            )
+        if not 0 < self.candidate_mass <= 1:
+            raise StartError(
+                f"--lenvm-candidate-mass must be above 0 and at most 1 (all candidates), got {self.candidate_mass}."
+            )
+        if not 0 <= self.min_entropy < math.inf:
+            raise StartError(
+                f"--lenvm-min-entropy must be a number of nats, at least 0 (always guide), got {self.min_entropy}."
             )
 
 
@@ -57,19 +73,43 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help=f"Most candidates of a token that the length value model scores (default {DEFAULT_MAX_CANDIDATES}).",
     )
+    group.add_argument(
+        "--lenvm-candidate-mass",
+        type=float,
+        default=None,
+        metavar="P",
+        help="Score only the most probable candidates that hold this share of their probability, and stop tokens "
+        f"(default {DEFAULT_CANDIDATE_MASS:g}; 1 is all).",
+    )
+    group.add_argument(
+        "--lenvm-min-entropy",
+        type=float,
+        default=None,
+        metavar="NATS",
+        help="Let the base model draw, and score nothing, where the candidates' entropy is below this "
+        f"(default {DEFAULT_MIN_ENTROPY:g}).",
+    )
 
 
-def settings_from(model: str | None, max_candidates: int | None) -> Settings | None:
-    """Settings of the two flags; None without a model.
+OPTIONS = ("max_candidates", "candidate_mass", "min_entropy")
+"""Settings beside the model: `--lenvm-max-candidates` and so on; for `Engine`, `lenvm_max_candidates`."""
+
+
+def settings_from(given: Mapping[str, Any]) -> Settings | None:
+    """Settings of `lenvm_model`, `lenvm_max_candidates`, ... in `given` (None counts as absent); None without a model.
 
     Raises:
-        StartError: a bad value, or the second flag without the first.
+        StartError: a bad value, or an option without a model.
     """
+    options = {name: given[f"lenvm_{name}"] for name in OPTIONS if given.get(f"lenvm_{name}") is not None}
+    model = given.get("lenvm_model")
     if model is None:
-        if max_candidates is not None:
-            raise StartError("--lenvm-max-candidates needs --lenvm-model; give the length value model's directory.")
+        for name in options:
+            raise StartError(
+                f"--lenvm-{name.replace('_', '-')} needs --lenvm-model; give the length value model's directory."
+            )
         return None
-    return Settings(model, DEFAULT_MAX_CANDIDATES if max_candidates is None else max_candidates)
+    return Settings(model, **options)
 
 
 def attach(server_args: Any, settings: Settings | None) -> None:
@@ -116,6 +156,7 @@ REFUSALS = (
     _Refusal("enable_streaming_session", (False,), "drop --enable-streaming-session"),
     _Refusal("enable_lora", (None, False), "merge the adapter into the base model"),
     _Refusal("tokenizer_worker_num", (1,), "run with --tokenizer-worker-num 1"),
+    _Refusal("enable_memory_saver", (False,), "drop --enable-memory-saver"),
     _Refusal("skip_tokenizer_init", (False,), "drop --skip-tokenizer-init"),
     _Refusal("enable_http2", (False,), "use HTTP/1.1"),
     _Refusal("smg_grpc_mode", (False,), "use the HTTP server"),

@@ -13,8 +13,9 @@ from torch import Tensor
 from lenvm.candidates import SamplingRows
 from lenvm.guidance import GuidanceRows
 from lenvm.request import LengthRequest
+from lenvm_sglang.scope import Scope
 
-_INT_COLUMNS = ("mode", "control", "target", "prompt", "seed", "top_k", "strict", "greedy")
+_INT_COLUMNS = ("mode", "control", "target", "start", "seed", "top_k", "strict", "greedy", "think_end")
 _FLOAT_COLUMNS = ("sharpness", "tolerance", "bias", "temperature", "top_p", "min_p")
 
 
@@ -30,6 +31,7 @@ class RequestState:
         stop_token_ids: ids that end the answer; empty under `ignore_eos`.
         temperature, top_k, top_p, min_p: the base model's own sampling settings.
         greedy: the host would take the arg max (temperature 0).
+        scope: where it stands between thinking and answer; None if the target counts the whole completion.
         predicted_length: expected completion length at the prompt boundary, in tokens; None until the prompt was read.
         quantiles: of the completion length at the prompt boundary, in tokens.
         values: predicted remaining length after each committed token, in tokens.
@@ -38,6 +40,9 @@ class RequestState:
             (`POST /lenvm/values`): every state from there on is scored, none is drawn from. None in all others.
         sequence_stops: of such a request, the positions of stop tokens behind its prompt.
         sequence: of such a request, one row (`lenvm_sglang.outputs.SEQUENCE_COLUMNS`) for each state read so far.
+        failed: a forward of the value model raised; the request ends with an error.
+
+    Numbers that the value model gave as NaN or infinity are None.
     """
 
     request: LengthRequest
@@ -49,18 +54,39 @@ class RequestState:
     top_p: float
     min_p: float
     greedy: bool
+    scope: Scope | None = None
     predicted_length: float | None = None
-    quantiles: list[float] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
+    quantiles: list[float | None] = field(default_factory=list)
+    values: list[float | None] = field(default_factory=list)
     reported: int = 0
     sequence_from: int | None = None
     sequence_stops: frozenset[int] = frozenset()
-    sequence: list[list[float]] = field(default_factory=list)
+    sequence: list[list[float | None]] = field(default_factory=list)
+    failed: bool = False
 
     def __post_init__(self) -> None:
         assert self.prompt_tokens >= 1, f"a prompt has at least one token, got {self.prompt_tokens}"
         assert self.temperature > 0, f"a greedy row gets temperature 1, got {self.temperature}"
         assert -(2**63) <= self.seed < 2**63, f"seeds are int64, got {self.seed}"
+
+    def steers_at(self, position: int) -> bool:
+        """Whether the completion token at `position` is guided, rather than only scored."""
+        return self.request.steers and (self.scope is None or self.scope.steers(position))
+
+    @property
+    def start(self) -> int:
+        """Tokens of the sequence before the first that the target counts."""
+        return self.prompt_tokens + (0 if self.scope is None else self.scope.offset)
+
+    @property
+    def think_end(self) -> int:
+        """The end tag, if the target counts the thinking; else -1."""
+        return self.scope.tags.end if self.scope is not None and self.scope.counts == "thinking" else -1
+
+    @property
+    def thought(self) -> bool:
+        """The host knows that the thinking is over."""
+        return self.scope is not None and self.scope.thought is not None
 
     def take_report(self) -> dict[str, object]:
         """What the front end has not heard yet."""
@@ -71,6 +97,8 @@ class RequestState:
             "quantiles": self.quantiles,
             "values": fresh,
         }
+        if self.scope is not None:
+            report["thought"] = self.scope.thought
         return {**report, "sequence": self.sequence} if self.sequence_from is not None else report
 
 
@@ -95,11 +123,12 @@ class RowParameters(NamedTuple):
     stop_token_ids: Tensor  # [R, S] int64, padded with -1
     seed: Tensor  # [R] int64
     greedy: Tensor  # [R] bool
-    prompt: Tensor  # [R] int64 tokens
+    start: Tensor  # [R] int64 tokens before the first that the target counts
+    think_end: Tensor  # [R] int64, the end tag where the target counts the thinking, -1 elsewhere
 
     def at(self, sequence_lengths: Tensor) -> GuidanceRows:
         """What the rows ask for when their sequences are `sequence_lengths` [R] tokens long."""
-        return replace(self.guidance, emitted=sequence_lengths - self.prompt)
+        return replace(self.guidance, emitted=sequence_lengths - self.start)
 
 
 class RowTable:
@@ -123,8 +152,8 @@ class RowTable:
         ints, floats, stops = [], [], []
         for s in states:
             r = s.request
-            ints.append((int(r.mode_code), int(r.control_code), r.target or 0, s.prompt_tokens, s.seed, s.top_k,
-                         int(r.strict), int(s.greedy)))  # fmt: skip
+            ints.append((int(r.mode_code), int(r.control_code), r.target or 0, s.start, s.seed, s.top_k,
+                         int(r.strict), int(s.greedy), s.think_end))  # fmt: skip
             floats.append((r.sharpness, r.tolerance, r.bias or 0.0, s.temperature, s.top_p, s.min_p))
             stops.append(s.stop_token_ids + (-1,) * (self.stops.shape[1] - len(s.stop_token_ids)))
         self.ints[slots] = to_device(ints, torch.int64, self.device)
@@ -151,7 +180,9 @@ class RowTable:
             bias=f["bias"],
         )
         sampling = SamplingRows(f["temperature"], i["top_k"], f["top_p"], f["min_p"], unfiltered)
-        return RowParameters(guidance, sampling, self.stops[slots], i["seed"], i["greedy"] > 0, i["prompt"])
+        return RowParameters(
+            guidance, sampling, self.stops[slots], i["seed"], i["greedy"] > 0, i["start"], i["think_end"]
+        )
 
 
 def to_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -52,21 +52,38 @@ class LengthRows:
         states: their request objects.
         draws: for each, whether a token is drawn after this forward (not from all but the last chunk of a chunked
             prefill, nor from a request that only reads its prompt).
+        steered: for each, whether that token is guided.
+        moved: those (positions in `states`) whose target begins to count with this decode step.
     """
 
     index: list[int]
     states: list[RequestState]
     draws: list[bool]
+    steered: list[bool]
+    moved: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        assert len(self.index) == len(self.states) == len(self.draws) > 0
+        assert len(self.index) == len(self.states) == len(self.draws) == len(self.steered) > 0
 
     def drawing(self, steered: bool) -> LengthRows | None:
-        """The rows that draw a token and are (not) steered; None if there are none."""
-        keep = [i for i, s in enumerate(self.states) if self.draws[i] and s.request.steers == steered]
-        if not keep:
-            return None
-        return LengthRows([self.index[i] for i in keep], [self.states[i] for i in keep], [True] * len(keep))
+        """The rows that draw a token and are (not) steered, but for failed ones; None if there are none."""
+        wanted = [
+            draws and is_steered == steered and not state.failed
+            for draws, is_steered, state in zip(self.draws, self.steered, self.states, strict=True)
+        ]
+        keep = [i for i, is_wanted in enumerate(wanted) if is_wanted]
+        return self.only(keep) if keep else None
+
+    def only(self, keep: Sequence[int]) -> LengthRows:
+        """Some of the rows, by their positions in `states`."""
+        moved = [new for new, old in enumerate(keep) if old in self.moved]
+        return LengthRows(
+            [self.index[i] for i in keep],
+            [self.states[i] for i in keep],
+            [self.draws[i] for i in keep],
+            [self.steered[i] for i in keep],
+            moved,
+        )
 
 
 class Place:
@@ -246,12 +263,13 @@ class ValueWorker:
 
         base, runner = self.base, self.runner
         allocator = type(base.token_to_kv_pool_allocator).__name__
-        if allocator != "TokenToKVPoolAllocator" or base.token_to_kv_pool.page_size != 1:
+        if allocator not in ("TokenToKVPoolAllocator", "PagedTokenToKVPoolAllocator"):
             raise StartError(
-                f"--lenvm-model needs a base model whose KV cache is one plain token pool, got {allocator} with pages "
-                f"of {base.token_to_kv_pool.page_size}; serve a base model without sliding-window or recurrent layers."
+                f"--lenvm-model needs a base model whose KV cache is one plain token pool, got {allocator}; serve a "
+                "base model without sliding-window or recurrent layers."
             )
-        slots = base.token_to_kv_pool.size + 1  # slot 0 is the host's dump for padded rows
+        # the host's first page is its dump for padded rows
+        slots = base.token_to_kv_pool.size + base.token_to_kv_pool.page_size
         self.request_rows = base.req_to_token_pool.req_to_token.shape[0]
         config = runner.model_config
         self.pool = MHATokenToKVPool(
@@ -326,6 +344,10 @@ class ValueWorker:
             What a prefill read; None for a decode step.
         """
         if batch.forward_mode.is_decode():
+            if rows.moved:
+                moved = [rows.index[i] for i in rows.moved]
+                where = batch.req_pool_indices[to_device(moved, torch.int64, batch.seq_lens.device)].long()
+                self.places.write(where, [rows.states[i] for i in rows.moved])
             place = self.places.find(batch, rows)
             self._keep(self.chosen[place.slots], place.take(batch.out_cache_loc).long())
             return None

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lenvm.candidates import SamplingRows, build_candidates
+from lenvm.candidates import Candidates, SamplingRows, build_candidates, keep_mass, settle_sure_rows
 
 VOCABULARY = 40
 
@@ -117,3 +117,33 @@ def test_unfiltered_rows_get_what_filters_that_are_off_leave() -> None:
     assert torch.equal(found.is_stop, want.is_stop)
     assert torch.equal(found.log_p.nan_to_num(), want.log_p.nan_to_num())
     assert found.kept.sum(-1)[3:6].tolist() == [4, 1, 0]
+
+
+def rows_of(probabilities: list[list[float]], stops: list[list[bool]]) -> Candidates:
+    p = torch.tensor(probabilities)
+    ids = torch.arange(p.shape[1]).expand_as(p)
+    return Candidates(ids, (p / p.sum(-1, keepdim=True)).log(), torch.tensor(stops))
+
+
+def test_keep_mass_keeps_the_smallest_set_and_the_stop_tokens() -> None:
+    candidates = rows_of([[0.6, 0.3, 0.07, 0.03], [0.99, 0.01, 0.0, 0.0]], [[False] * 3 + [True], [False] * 4])
+    for mass, kept in (
+        (1.0, [[0, 1, 2, 3], [0, 1]]),
+        (0.95, [[0, 1, 2, 3], [0]]),
+        (0.9, [[0, 1, 3], [0]]),
+        (0.5, [[0, 3], [0]]),
+    ):
+        out = keep_mass(candidates, mass)
+        assert [row.nonzero()[:, 0].tolist() for row in out.kept] == kept
+        assert torch.allclose(out.log_p.exp().sum(-1), torch.ones(2))
+    assert torch.allclose(keep_mass(candidates, 0.5).log_p[0, [0, 3]].exp(), torch.tensor([0.6, 0.03]) / 0.63)
+
+
+def test_settled_rows_keep_their_draw_only() -> None:
+    candidates = rows_of([[0.9, 0.1, 0.0], [0.5, 0.3, 0.2]], [[False, True, False], [False] * 3])
+    out = settle_sure_rows(candidates, torch.tensor([1, 2]), min_entropy=0.4)  # 0.325 and 1.03 nats
+    assert [row.nonzero()[:, 0].tolist() for row in out.kept] == [[1], [0, 1, 2]]
+    assert out.log_p[0, 1] == 0
+    assert torch.allclose(out.log_p[1], candidates.log_p[1])
+    same = settle_sure_rows(candidates, torch.tensor([1, 2]), min_entropy=0.0)
+    assert torch.allclose(same.log_p, candidates.log_p)

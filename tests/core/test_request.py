@@ -40,6 +40,13 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"length_bias": "short"}, "length_bias", "got 'short'"),
     ({"length_bias": float("nan")}, "length_bias", "got nan"),
     ({"length_bias": 1e9}, "length_bias", "between"),
+    ({"length_bias": 10**400}, "length_bias", "finite"),
+    ({"length_target": "x" * 10**6}, "length_target", r"got 'xxx.*\.\.\.xxx"),
+    ({"length_" + "x" * 10**6: 1}, "length_" + "x" * 73, "unknown field"),
+    ({"length_target": 5, "length_scope": "reply"}, "length_scope", "one of all, thinking, answer, got 'reply'"),
+    ({"length_target": 5, "length_scope": ["all"]}, "length_scope", "one of all"),
+    ({"length_scope": "answer"}, "length_scope", "needs length_target"),
+    ({"length_target": 5, "length_scope": "thinking", "length_strict": True}, "length_scope", "cannot be strict"),
     ({"length_bias": 1, "length_mode": "at_most"}, "length_mode", "needs length_target"),
     ({"length_mode": "at_most"}, "length_mode", "needs length_target"),
     ({"length_strict": True}, "length_strict", "needs length_target"),
@@ -49,7 +56,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "param", "says"), BAD, ids=[json.dumps(b) for b, _, _ in BAD])
+@pytest.mark.parametrize(("body", "param", "says"), BAD, ids=[json.dumps(b)[:60] for b, _, _ in BAD])
 def test_refused(body: dict[str, Any], param: str, says: str) -> None:
     with pytest.raises(LengthFieldError, match=says) as error:
         LengthRequest.parse({"model": "x", **body})
@@ -128,8 +135,10 @@ def test_contradictions_with_other_fields() -> None:
             request.check_against(max_tokens=20)
     most.check_against(max_tokens=20)
     for request in (exact, most):
-        with pytest.raises(LengthFieldError, match="contradicts min_tokens 60"):
-            request.check_against(max_tokens=None, min_tokens=60)
+        request.check_against(max_tokens=None, min_tokens=49)
+        for minimum in (50, 60):  # the stop token comes behind min_tokens others
+            with pytest.raises(LengthFieldError, match=f"contradicts min_tokens {minimum}"):
+                request.check_against(max_tokens=None, min_tokens=minimum)
     least.check_against(max_tokens=None, min_tokens=60)
     with pytest.raises(LengthFieldError, match="ignore_eos"):
         exact.check_against(max_tokens=None, ignore_eos=True)

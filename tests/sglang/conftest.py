@@ -1,5 +1,6 @@
 """Real SGLang servers over tiny models: one with a LenVM, one under stress (chunked prefill, forced retraction, other
-backbones), one without a LenVM. They start together when the first test asks for one, and end with the session."""
+backbones, a value head only, thinking), one without a LenVM. They start together when the first test asks for one, and
+end with the session."""
 
 from __future__ import annotations
 
@@ -104,8 +105,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mixed_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama base with a Qwen3 LenVM: any two backbones will do, if they share a tokenizer."""
-    return make_pair(tmp_path_factory.mktemp("mixed"), FAMILIES["llama"], FAMILIES["qwen3"])
+    """A Llama base with a Qwen3 LenVM (any two backbones will do, if they share a tokenizer) with a value head only."""
+    return make_pair(tmp_path_factory.mktemp("mixed"), FAMILIES["llama"], FAMILIES["qwen3"], heads=1)
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +134,8 @@ def _servers(pair: Path, mixed_pair: Path, tmp_path_factory: pytest.TempPathFact
                 "6",
                 "--chunked-prefill-size",
                 "16",
+                "--reasoning-parser",
+                "qwen3",
             ),
             launcher=("-c", "from sglang.cli.main import main; main()", "serve"),
             SGLANG_TEST_RETRACT="1",

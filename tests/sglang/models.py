@@ -11,11 +11,14 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig, PreTrainedTo
 
 from lenvm.attached import base_hash, save_attached
 from lenvm.bins import LengthBins
-from lenvm.format import LenvmConfig, LookaheadShape
+from lenvm.format import LenvmConfig, LookaheadShape, Spread
 from lenvm.heads import LookaheadHead
 from lenvm.modeling import LengthValueModel, backbone_class
 
 VOCABULARY = 320
+THINK, THINK_END = 3, 4
+FIRST_WORD = 5
+"""Tokens from here on are no special ones."""
 CONTEXT = 512
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -30,7 +33,7 @@ def tokenizer(extra: str = "") -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     core.train_from_iterator([f"the quick brown fox says hello world yes no maybe {extra}"] * 20, trainer)
@@ -59,9 +62,11 @@ def shape(family: type[PretrainedConfig], eos: int) -> PretrainedConfig:
     )
 
 
-def make_pair(directory: Path, base: type[PretrainedConfig], value: type[PretrainedConfig], heads: int = 2) -> Path:
+def make_pair(
+    directory: Path, base: type[PretrainedConfig], value: type[PretrainedConfig], heads: int = 2, seed: int = 0
+) -> Path:
     """Write `directory`/base and `directory`/lenvm; `heads` 1 makes a value-only LenVM."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     words = tokenizer()
     eos = words.convert_tokens_to_ids("<|im_end|>")
     model = backbone_class(shape(base, eos))(shape(base, eos))
@@ -70,7 +75,9 @@ def make_pair(directory: Path, base: type[PretrainedConfig], value: type[Pretrai
     model.save_pretrained(directory / "base")
     bins = LengthBins.for_max_length(64).centres if heads == 2 else ()
     names = ("value", "length")[:heads]
-    lenvm = LengthValueModel.from_backbone(shape(value, eos), LenvmConfig(gamma=0.97, bins=bins, heads=names))
+    spread = Spread(log_n_hat=(0.5, 3.0), shift=(0.1, -0.2), sigma=(0.3, 0.6)) if heads == 1 else None
+    config = LenvmConfig(gamma=0.97, bins=bins, heads=names, spread=spread)
+    lenvm = LengthValueModel.from_backbone(shape(value, eos), config)
     for head in (lenvm.value_head, lenvm.length_head):
         if head is not None:
             torch.nn.init.normal_(head.w2, std=0.4)
@@ -114,7 +121,7 @@ def prompts(count: int, seed: int, shared: int = 0) -> list[list[int]]:
     draw = random.Random(seed)
 
     def tokens(n: int) -> list[int]:
-        return [draw.randrange(3, VOCABULARY - 1) for _ in range(n)]
+        return [draw.randrange(FIRST_WORD, VOCABULARY - 1) for _ in range(n)]
 
     prefix = tokens(shared)
     alone = count - count // 3 if shared else count

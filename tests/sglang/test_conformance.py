@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,7 +16,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
-from tests.sglang.conftest import Server, start
+from tests.sglang.conftest import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 CASES = int(os.environ.get("LENVM_CONFORMANCE_CASES", "240"))
@@ -42,19 +40,9 @@ LEFT_OUT = (
 
 
 @pytest.fixture(scope="module")
-def served(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("conformance") / "log"
-    server = start(log, pair / "base", "--lenvm-model", str(pair / "lenvm"))
-    try:
-        yield server.wait()
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="module")
-def schema(served: Server) -> Any:
+def schema(guided: Server) -> Any:
     """The routes we touch, with targets that a tiny model can reach more often than not."""
-    document = httpx.get(served.url + "/openapi.json", timeout=120).json()
+    document = httpx.get(guided.url + "/openapi.json", timeout=120).json()
     document["paths"] = {path: document["paths"][path] for path, _ in OPERATIONS}
     models = document["components"]["schemas"]
     for name in ("ChatCompletionRequest", "CompletionRequest", "GenerateReqInput"):
@@ -79,7 +67,7 @@ def small(body: Any) -> Any:
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["right", "wrong"])
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
-def test_no_answer_is_a_5xx(served: Server, schema: Any, path: str, method: str, mode: GenerationMode) -> None:
+def test_no_answer_is_a_5xx(guided: Server, schema: Any, path: str, method: str, mode: GenerationMode) -> None:
     if method == "GET" and mode is GenerationMode.NEGATIVE:
         mode = GenerationMode.POSITIVE  # it has nothing that could be wrong
     failures: list[str] = []
@@ -98,7 +86,7 @@ def test_no_answer_is_a_5xx(served: Server, schema: Any, path: str, method: str,
             None if not isinstance(case.body, (dict, list, str, int, float, bool)) else json.dumps(small(case.body))
         )
         response = httpx.request(
-            method, served.url + path, content=content, headers={"Content-Type": "application/json"}, timeout=120
+            method, guided.url + path, content=content, headers={"Content-Type": "application/json"}, timeout=120
         )
         answers[response.status_code] = answers.get(response.status_code, 0) + 1
         if response.status_code >= 500:
@@ -107,6 +95,6 @@ def test_no_answer_is_a_5xx(served: Server, schema: Any, path: str, method: str,
     send()
     print(path, mode.value, answers)
     assert not failures, f"{len(failures)} of {sum(answers.values())}:\n" + "\n".join(failures[:10])
-    assert served.process.poll() is None
-    answer = served.post("/generate", {"text": "hello", "length_target": 5, "length_strict": True})
+    assert guided.process.poll() is None
+    answer = guided.post("/generate", {"text": "hello", "length_target": 5, "length_strict": True})
     assert answer.json()["meta_info"]["completion_tokens"] == 5, "the server lives and guides"

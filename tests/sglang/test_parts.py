@@ -139,14 +139,14 @@ def test_reports_come_in_pieces_and_only_for_committed_tokens() -> None:
 
 def test_length_rows_split_into_steered_and_watched() -> None:
     watched = state(request=LengthRequest.parse({"return_length_values": True}))
-    rows = LengthRows([1, 4, 6], [state(), watched, state()], [True, True, False])
+    rows = LengthRows([1, 4, 6], [state(), watched, state()], [True, True, False], [True, False, True])
     steered = rows.drawing(steered=True)
     assert steered is not None
     assert steered.index == [1]
     other = rows.drawing(steered=False)
     assert other is not None
     assert other.index == [4]
-    assert LengthRows([0], [state()], [False]).drawing(steered=True) is None
+    assert LengthRows([0], [state()], [False], [True]).drawing(steered=True) is None
 
 
 def test_select_rows_cuts_a_prefill_batch() -> None:
@@ -231,7 +231,7 @@ def test_seeds_tell_samples_apart_and_repeat() -> None:
 def test_fields_move_into_custom_params() -> None:
     body: dict[str, Any] = {"length_target": 40, "length_mode": "at_most", "custom_params": {"mine": 1}, "prompt": "x"}
     assert lift_fields(body, COMPLETIONS, served=True)
-    assert body["custom_params"] == {"mine": 1, "length_target": 40, "length_mode": "at_most"}
+    assert body["custom_params"] == {"mine": 1, "length_target": 40, "length_mode": "at_most", "lenvm_room": True}
     assert "length_target" not in body
     assert body["max_tokens"] == 2 * 40 + 32
 

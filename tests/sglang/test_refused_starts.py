@@ -39,12 +39,20 @@ def test_refused_settings_exist_in_this_host() -> None:
 
 
 def test_flags() -> None:
-    assert settings_from(None, None) is None
-    assert settings_from("x", None) == Settings("x", 16)
-    with pytest.raises(StartError, match="needs --lenvm-model"):
-        settings_from(None, 8)
-    with pytest.raises(StartError, match="between 2 and 256, got 1"):
-        settings_from("x", 1)
+    assert settings_from({}) is None
+    assert settings_from({"lenvm_model": "x", "lenvm_min_entropy": None}) == Settings("x", 16)
+    assert settings_from({"lenvm_model": "x", "lenvm_candidate_mass": 0.9}) == Settings("x", candidate_mass=0.9)
+    with pytest.raises(StartError, match="--lenvm-max-candidates needs --lenvm-model"):
+        settings_from({"lenvm_max_candidates": 8})
+    for option, value, message in (
+        ("max_candidates", 1, "between 2 and 256, got 1"),
+        ("candidate_mass", 0.0, "above 0 and at most 1"),
+        ("candidate_mass", float("nan"), "got nan"),
+        ("min_entropy", -0.1, "at least 0"),
+        ("min_entropy", float("inf"), "got inf"),
+    ):
+        with pytest.raises(StartError, match=message):
+            settings_from({"lenvm_model": "x", f"lenvm_{option}": value})
 
 
 def edited(pair: Path, target: Path, **changes: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from tests.sglang.conftest import Server
 from tests.sglang.models import prompts
-from tests.sglang.reference import Reference
+from tests.sglang.reference import Reference, Sampling
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +72,17 @@ def test_unguided_rows_are_those_of_a_server_without_lenvm(guided: Server, plain
         assert with_lenvm[i]["output_ids"] == without[i]["output_ids"]
         assert "lenvm" not in with_lenvm[i]
         assert with_lenvm[i]["meta_info"].keys() == without[i]["meta_info"].keys()
+
+
+def test_unguided_logits_are_bit_equal_to_those_without_lenvm(guided: Server, plain: Server) -> None:
+    """The same requests one after the other, so that both servers see the same batches."""
+    for prompt in prompts(6, seed=14):
+        params = {"max_new_tokens": 12, "temperature": 0}  # this host honours no seed without deterministic inference
+        body = {"input_ids": prompt, "sampling_params": params, "return_logprob": True, "top_logprobs_num": 20}
+        ours, theirs = (server.post("/generate", body).json() for server in (guided, plain))
+        assert ours["output_ids"] == theirs["output_ids"]
+        for field in ("output_token_logprobs", "output_top_logprobs", "input_token_logprobs"):
+            assert ours["meta_info"][field] == theirs["meta_info"][field], field
 
 
 def test_prefixes_are_reused_within_guided_requests_only(guided: Server, reference: Reference) -> None:
@@ -154,6 +166,29 @@ def test_a_seed_gives_the_same_answer_in_any_company(guided: Server) -> None:
     assert crowd[0] == crowd[3] == alone
     assert len({tuple(c) for c in crowd[1:3]} | {tuple(alone)}) == 3
     assert crowd[4] != crowd[5]
+
+
+def test_seeded_sampling_equals_transformers(guided: Server, reference: Reference) -> None:
+    """Every rule, every filter of the host, in full batches; LENVM_EXACT_REQUESTS=500 before a release."""
+    count = int(os.environ.get("LENVM_EXACT_REQUESTS", "24"))
+    steered = [f for f in FIELDS if f is not None and set(f) != {"return_length_values"}]
+    filters = ({}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.6})
+    asked = [
+        (prompt, steered[i % len(steered)], Sampling(seed=i, **filters[i % len(filters)]))
+        for i, prompt in enumerate(prompts(count, seed=13, shared=30))
+    ]
+
+    def ask(case: tuple[list[int], dict[str, Any], Sampling]) -> list[int]:
+        given = vars(case[2]) | {"sampling_seed": case[2].seed}
+        del given["seed"]
+        return guided.generate(case[0], 16, case[1], **given)["output_ids"]
+
+    # an equal_to or at_least target above 16 tokens would be refused beside max_new_tokens 16
+    asked = [(p, {**f, **({"length_target": 12} if f.get("length_target", 0) > 16 else {})}, s) for p, f, s in asked]
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(ask, asked))
+    for (prompt, fields, sampling), answer in zip(asked, answers, strict=True):
+        assert answer == reference.sample(prompt, 16, fields, sampling), f"{fields} {sampling}"
 
 
 def test_max_tokens_cuts_and_says_so(guided: Server) -> None:

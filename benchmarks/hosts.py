@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Which settings of the host work beside a LenVM: a server each, mixed greedy requests all at once, every answer
+compared token by token with transformers.
+
+    benchmarks/hosts.py                     all settings
+    benchmarks/hosts.py tp2 page16          some
+
+One Markdown row a setting: whether it started, how many answers were equal, how many of them guidance had changed. Tiny
+models on the CPU. Settings that are refused at start say so in their row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from tests.sglang.conftest import Server, start
+from tests.sglang.models import FAMILIES, make_pair, prompts
+from tests.sglang.reference import Reference
+from tests.sglang.test_serving import FIELDS, LIMIT
+
+
+class Setting(NamedTuple):
+    """Flags and environment of a server, the LoRA adapter its requests name, and which LenVM it serves."""
+
+    flags: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
+    adapter: bool = False
+    heads: int = 2
+
+
+CORES = (("SGLANG_CPU_OMP_THREADS_BIND", "0|1"),)
+RETRACT = (("SGLANG_TEST_RETRACT", "1"),)
+SETTINGS = {
+    "plain": Setting(()),
+    "value-only": Setting((), heads=1),
+    "no-overlap": Setting(("--disable-overlap-schedule",)),
+    "no-radix": Setting(("--disable-radix-cache",)),
+    "chunk16": Setting(("--chunked-prefill-size", "16")),
+    "retract": Setting((), RETRACT),
+    "two-at-once": Setting(("--max-running-requests", "2")),
+    "little-kv": Setting(("--max-total-tokens", "400")),
+    "page16": Setting(("--page-size", "16")),
+    "page16-chunk32-retract": Setting(("--page-size", "16", "--chunked-prefill-size", "32"), RETRACT),
+    "tp2": Setting(("--tp-size", "2"), CORES),
+    "dp2": Setting(("--dp-size", "2"), CORES),
+    "lora": Setting(("--enable-lora", "--lora-backend", "torch_native", "--max-loras-per-batch", "2"), adapter=True),
+}
+
+
+def make_adapter(base: Path, directory: Path) -> Path:
+    """A LoRA adapter of the base model that changes its answers, and the base model with it merged in."""
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    rank, scale, tensors = 4, 2.0, {}
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            a = torch.randn(rank, module.in_features) * 0.2
+            b = torch.randn(module.out_features, rank) * 0.2
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b
+            module.weight.data += scale * b @ a
+    model.save_pretrained(directory / "merged")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": scale * rank, "target_modules": ["q_proj", "v_proj"],
+              "bias": "none", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}  # fmt: skip
+    (directory / "adapter").mkdir()
+    (directory / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "adapter" / "adapter_model.safetensors")
+    return directory
+
+
+def ask(server: Server, asked: list[Any], **body: Any) -> list[dict[str, Any]]:
+    """All at once."""
+
+    def one(case: Any) -> dict[str, Any]:
+        params = {"max_new_tokens": LIMIT, "temperature": 0}
+        fields = {"input_ids": case[0], "sampling_params": params, **(case[1] or {}), **body}
+        return dict(server.post("/generate", fields).json())
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(one, asked))
+
+
+def row(name: str, setting: Setting, home: Path, pairs: Callable[[int], tuple[Path, Reference]]) -> str:
+    """Run one setting."""
+    pair, reference = pairs(setting.heads)
+    flags, body = setting.flags, {}
+    if setting.adapter:
+        folder = make_adapter(pair / "base", home / name)
+        flags, body = (*flags, "--lora-paths", f"ours={folder / 'adapter'}"), {"lora_path": "ours"}
+        reference = Reference(pair, base=folder / "merged")
+    began = time.perf_counter()
+    server = start(home / f"{name}.log", pair / "base", "--lenvm-model", str(pair / "lenvm"), *flags,
+                   **dict(setting.environment))  # fmt: skip
+    try:
+        server.wait()
+    except AssertionError:
+        lines = [x for x in server.tail().splitlines() if x.strip()]
+        return f"| {name} | no | | | {lines[-1][:200] if lines else ''} |"
+    try:
+        started = time.perf_counter() - began
+        asked = [case for seed in (1, 2) for case in zip(prompts(len(FIELDS), seed, shared=40), FIELDS, strict=True)]
+        answers = ask(server, asked, **body)
+        expected = [reference.greedy(p, LIMIT, f) for p, f in asked]
+        steered = sum(e != reference.greedy(p, LIMIT, None) for e, (p, _) in zip(expected, asked, strict=True))
+        equal = sum(a.get("output_ids") == e for a, e in zip(answers, expected, strict=True))
+        retracted = sum(a.get("meta_info", {}).get("num_retractions", 0) for a in answers)
+        note = f"{retracted} retractions" if retracted else ""
+        return f"| {name} | {started:.0f} s | {equal} of {len(asked)} | {steered} | {note} |"
+    finally:
+        server.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", choices=[*SETTINGS, []], help="default: all")
+    names = parser.parse_args().settings or list(SETTINGS)
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        made: dict[int, tuple[Path, Reference]] = {}
+
+        def pairs(heads: int) -> tuple[Path, Reference]:
+            if heads not in made:
+                pair = make_pair(home / f"pair{heads}", FAMILIES["qwen2"], FAMILIES["qwen2"], heads=heads)
+                made[heads] = pair, Reference(pair)
+            return made[heads]
+
+        print("| setting | started | equal | steered | |\n|---|---|---|---|---|", flush=True)
+        for name in names:
+            print(row(name, SETTINGS[name], home, pairs), flush=True)
+
+
+if __name__ == "__main__":
+    main()
