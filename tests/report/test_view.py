@@ -19,7 +19,7 @@ from lenvm.evaluation.errors import EvaluationError
 from lenvm.evaluation.values import StateValues
 from lenvm.view.answers import Chosen, choose, outliers, view_of
 from lenvm.view.page import render_view, write_view
-from tests.sglang.browser import browser
+from tests.sglang.browser import Page, browser
 
 GAMMA = 0.95
 
@@ -108,6 +108,19 @@ if os.environ.get("LENVM_BROWSER") != "none":
         asyncio.run(use_the_page(address, tmp_path))
 
 
+async def point_at(page: Page, state: int) -> None:
+    """Move the mouse to a state of the first answer's curve: plotly reports only what a pointer does."""
+    x, y = await page.js(
+        f"""(() => {{
+          const chart = document.getElementById('chart'), box = chart.getBoundingClientRect();
+          const {{ xaxis, yaxis }} = chart._fullLayout;
+          const left = chart.data.find((t) => t.name === 'answer: predicted').y[{state}];
+          return [box.left + xaxis._offset + xaxis.l2p({state}) + 1, box.top + yaxis._offset + yaxis.l2p(left)];
+        }})()"""
+    )
+    await page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+
 async def use_the_page(address: str, folder: Path) -> None:
     async with browser(height=900) as page:
         await page.open(address)
@@ -125,10 +138,9 @@ async def use_the_page(address: str, folder: Path) -> None:
         assert await page.js("document.getElementById('chart').layout.shapes[0].x0") == 5
         says = await page.js("document.getElementById('says').textContent")
         assert "token 5" in says and "7 really came" in says and "TD residual −" in says.replace("-", "−")
-        curve = "document.getElementById('chart').data.findIndex((t) => t.name === 'answer: predicted')"
-        await page.js(f"Plotly.Fx.hover('chart', [{{curveNumber: {curve}, pointNumber: 3}}])")
+        await point_at(page, 3)
         await page.until("document.querySelector('.here').dataset.at === '0,3'")
-        await page.js(f"Plotly.Fx.hover('chart', [{{curveNumber: {curve}, pointNumber: 0}}])")
+        await point_at(page, 0)
         await page.until("document.getElementById('says').textContent.startsWith('the prompt alone')")
 
         await page.fill(second="1")
