@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)
 
 from lenvm.pipeline.recipe import Server  # noqa: E402
 from lenvm.pipeline.server import SglangServer  # noqa: E402

@@ -21,7 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# not this folder: its kernels.py would stand for the package of that name, which transformers looks for
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 from safetensors.torch import save_file

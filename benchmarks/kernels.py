@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 DRY = "--dry" in sys.argv
 if DRY:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# not this folder: its kernels.py would stand for the package of that name, which transformers looks for
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 

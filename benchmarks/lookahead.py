@@ -16,7 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# not this folder: its kernels.py would stand for the package of that name, which transformers looks for
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lenvm.evaluation.schema import Estimate, Results
 from lenvm.pipeline.recipe import Server

@@ -23,7 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# not this folder: its kernels.py would stand for the package of that name, which transformers looks for
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import httpx
 import torch

@@ -269,12 +269,13 @@ def hard(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: Lenv
     mode = rows.mode[:, None]
     # one_minus_u = 1 + V, so larger is shorter
     nearest = (one_minus_u - wanted).abs()
-    cost = torch.where(mode == Mode.AT_MOST, -one_minus_u, torch.where(mode == Mode.AT_LEAST, one_minus_u, nearest))
+    at_most, at_least = mode == int(Mode.AT_MOST), mode == int(Mode.AT_LEAST)
+    cost = torch.where(at_most, -one_minus_u, torch.where(at_least, one_minus_u, nearest))
     cost = cost.masked_fill(~candidates.kept, torch.inf)
     choice = _first_by(cost, -candidates.log_p, candidates.token_ids)
     picked = torch.full_like(candidates.log_p, -torch.inf).scatter_(-1, choice[:, None], 0.0)
     picked = torch.where(cost.isnan().any(-1, keepdim=True), torch.nan, picked)
-    released = (mode == Mode.AT_LEAST) & (rows.left <= 0)[:, None]
+    released = at_least & (rows.left <= 0)[:, None]
     return torch.where(released, candidates.log_p, picked)
 
 
@@ -300,7 +301,7 @@ def soft(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: Lenv
     beta = (low + high) / 2
     base = expectation(torch.zeros_like(wanted))
     mode = rows.mode[:, None]
-    satisfied = ((mode == Mode.AT_MOST) & (base <= wanted)) | ((mode == Mode.AT_LEAST) & (base >= wanted))
+    satisfied = (mode == int(Mode.AT_MOST)) & (base <= wanted) | (mode == int(Mode.AT_LEAST)) & (base >= wanted)
     beta = torch.where(satisfied, 0.0, beta)
     return torch.log_softmax(log_p + beta * u, -1).float()
 
