@@ -23,9 +23,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file
 
-from tests.lf.conftest import World, base_env, make_site  # noqa: E402
+from tests.lf.conftest import World, base_env, make_site
 
 KEYS = ("loss", "value_loss", "length_nll", "grad_norm")
 RANKS = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "DS_ACCELERATOR": "cpu", "DS_SKIP_CUDA_CHECK": "1"}

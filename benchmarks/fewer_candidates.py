@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from lenvm.pipeline.recipe import Server  # noqa: E402
-from lenvm.pipeline.server import SglangServer  # noqa: E402
+from lenvm.pipeline.recipe import Server
+from lenvm.pipeline.server import SglangServer
 
 SETTINGS: tuple[tuple[str, ...], ...] = (
     (),

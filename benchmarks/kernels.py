@@ -26,15 +26,15 @@ if DRY:
 # not this folder: its kernels.py would stand for the package of that name, which transformers looks for
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch  # noqa: E402
+import torch
 
-from benchmarks.common import Table, quantiles  # noqa: E402
-from lenvm.bins import LengthBins  # noqa: E402
-from lenvm.candidates import SamplingRows  # noqa: E402
-from lenvm.format import LenvmConfig  # noqa: E402
-from lenvm.guidance import Control, GuidanceRows, Mode, Scores  # noqa: E402
-from lenvm.heads import ValueHead  # noqa: E402
-from lenvm_kernels import build_candidates, reference, tilt_sample, value_head  # noqa: E402
+from benchmarks.common import Table, quantiles
+from lenvm.bins import LengthBins
+from lenvm.candidates import SamplingRows
+from lenvm.format import LenvmConfig
+from lenvm.guidance import Control, GuidanceRows, Mode, Scores
+from lenvm.heads import ValueHead
+from lenvm_kernels import build_candidates, reference, tilt_sample, value_head
 
 DEVICE = "cpu" if DRY else "cuda"
 

@@ -18,14 +18,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-import torch  # noqa: E402
-from transformers import Qwen2Config  # noqa: E402
+import torch
+from transformers import Qwen2Config
 
-from benchmarks.results import Result, quantiles, write  # noqa: E402
-from lenvm import LengthBins, LengthValueModel, LenvmConfig  # noqa: E402
-from lenvm.objective import Objective  # noqa: E402
-from lenvm_lf.collator import IGNORE, DenseReturnCollator  # noqa: E402
-from lenvm_lf.shared_prefix import SharedPrefixCollator  # noqa: E402
+from benchmarks.results import Result, quantiles, write
+from lenvm import LengthBins, LengthValueModel, LenvmConfig
+from lenvm.objective import Objective
+from lenvm_lf.collator import IGNORE, DenseReturnCollator
+from lenvm_lf.shared_prefix import SharedPrefixCollator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY = 1000

@@ -24,13 +24,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-import torch  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+import torch
+from torch.nn import functional as F
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.results import Result, quantiles, write  # noqa: E402
-from lenvm import LengthBins, LengthValueModel, LenvmConfig  # noqa: E402
-from lenvm.objective import Objective  # noqa: E402
+from benchmarks.results import Result, quantiles, write
+from lenvm import LengthBins, LengthValueModel, LenvmConfig
+from lenvm.objective import Objective
 
 PROVIDERS = ("ours", "sft", "wrapper")
 MIB = 2**20
