@@ -13,7 +13,7 @@ import torch
 
 from lenvm_sglang.settings import Settings, StartError, check_attached, is_attached, keep_states, local_directory
 from tests.sglang.conftest import Server, start
-from tests.sglang.models import make_attached, make_lookahead, prompts, tokenizer
+from tests.sglang.models import FAMILIES, make_attached, make_lookahead, make_pair, prompts, tokenizer
 from tests.sglang.reference import LookaheadReference
 from tests.sglang.test_serving import FIELDS, LIMIT, together
 
@@ -21,12 +21,13 @@ KINDS = ("attached", "lookahead")
 
 
 @pytest.fixture(scope="module")
-def heads(pair: Path, mixed_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+def heads(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """The pair and the checkpoint of each kind: attached to a Qwen2, on a Qwen3 LenVM beside a Llama."""
     folder = tmp_path_factory.mktemp("heads")
+    mixed = make_pair(folder / "mixed", FAMILIES["llama"], FAMILIES["qwen3"])
     return {
         "attached": (pair, make_attached(folder / "attached", pair / "base")),
-        "lookahead": (mixed_pair, make_lookahead(folder / "lookahead", mixed_pair / "lenvm")),
+        "lookahead": (mixed, make_lookahead(folder / "lookahead", mixed / "lenvm")),
     }
 
 
