@@ -241,7 +241,10 @@ def test_fields_move_into_custom_params() -> None:
 
     body = {"length_target": 7, "sampling_params": [{"max_new_tokens": 9}, {"length_target": 7}]}
     assert lift_fields(body, GENERATE, served=True)
-    assert [p["custom_params"] for p in body["sampling_params"]] == [{"length_target": 7}] * 2
+    assert [p["custom_params"] for p in body["sampling_params"]] == [
+        {"length_target": 7},
+        {"length_target": 7, "lenvm_room": True},
+    ]
     assert [p["max_new_tokens"] for p in body["sampling_params"]] == [9, 128]
 
 
