@@ -195,7 +195,9 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             candidates = scored = narrow(candidates, used_slots(candidates))
         by_value = not place.present.isdisjoint(BY_VALUE)
         scores = worker.score(place, lengths, host_lengths(batch, place, worker), scored, by_value)
+        present = place.present
         if thinking:
+            present = present | {Control.NONE}  # what `aim` releases
             if batch.forward_mode.is_decode():
                 over = place.take(batch.input_ids) == parameters.think_end
             else:
@@ -208,7 +210,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             worker.lenvm,
             parameters.seed,
             parameters.greedy,
-            place.present,
+            present,
             statistics=self.metrics is not None,
         )
         if self.metrics is not None:

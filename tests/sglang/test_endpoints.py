@@ -227,7 +227,7 @@ def test_openapi_speaks_of_length_control(served: Server) -> None:
         operation = document["paths"][path]["post"]
         name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
         own = {k: v for k, v in schemas[name]["properties"].items() if k.startswith("length_") or "length_values" in k}
-        assert len(own) == 8
+        assert len(own) == 9
         assert all(field["description"] for field in own.values())
         answer = json.dumps(operation["responses"]["200"])
         assert "#/components/schemas/LengthReport" in answer
