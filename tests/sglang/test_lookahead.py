@@ -153,7 +153,7 @@ def test_states_of_whole_prefills(heads: dict[str, tuple[Path, Path]]) -> None:
             forward_mode=SimpleNamespace(is_decode=lambda: False), extend_seq_lens_cpu=[3, 2, 2],
             extend_prefix_lens_cpu=[0, 0, 0],
         )  # fmt: skip
-        rows = LengthRows([0, 2], [state(), state()], [True, True])
+        rows = LengthRows([0, 2], [state(), state()], [True, True], [True, True])
         worker.follow(batch, rows, SimpleNamespace(hidden_states=hidden))
         assert torch.equal(worker.ahead.states[[4, 2]], hidden[source])
     with pytest.raises(RuntimeError, match="kept no hidden states"):
