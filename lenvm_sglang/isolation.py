@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from lenvm_sglang.processor import LengthValueLogitProcessor, SamplingStep
+from lenvm_sglang.rows import LengthRows
 from lenvm_sglang.state import RequestState
-from lenvm_sglang.worker import LengthRows
 
 logger = logging.getLogger(__name__)
 Failed = list[tuple[RequestState, Exception]]

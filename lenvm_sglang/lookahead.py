@@ -22,9 +22,10 @@ from lenvm.guidance import Scores
 from lenvm.heads import LookaheadHead
 from lenvm.lookahead import scores_from_distribution
 from lenvm_sglang.attention import SharedPrefixBackend
+from lenvm_sglang.rows import LengthRows, Place, Places, Read
 from lenvm_sglang.settings import Settings, local_directory
 from lenvm_sglang.state import RowTable, to_device
-from lenvm_sglang.worker import LengthRows, Place, Places, Read, ValueWorker, decode_batch, describe, plain_attention
+from lenvm_sglang.worker import ValueWorker, decode_batch, describe, plain_attention
 
 logger = logging.getLogger(__name__)
 

@@ -26,9 +26,10 @@ from lenvm.sampler import draw
 from lenvm_kernels import build_candidates, tilt_sample
 from lenvm_sglang.metrics import FallbackOutput, StepMetrics
 from lenvm_sglang.outputs import QUANTILES, LengthOutput, SequenceOutput
+from lenvm_sglang.rows import LengthRows, Place, Read
 from lenvm_sglang.scope import aim, probe_end
 from lenvm_sglang.state import RowParameters, to_device
-from lenvm_sglang.worker import LengthRows, Place, Read, ValueWorker
+from lenvm_sglang.worker import ValueWorker
 
 if TYPE_CHECKING:
     from lenvm_sglang.lookahead import AttachedWorker

@@ -365,7 +365,7 @@ def forward_batch(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any)
     """AFTER ForwardBatch.init_new: which rows carry length fields."""
     if process.worker is None:
         return
-    from lenvm_sglang.worker import LengthRows
+    from lenvm_sglang.rows import LengthRows
 
     if process.worker.reads_base:
         from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode

@@ -14,9 +14,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,8 +25,9 @@ from lenvm.format import LenvmConfig, read_lenvm_config
 from lenvm.guidance import Scores
 from lenvm_sglang.attention import SharedPrefixBackend
 from lenvm_sglang.model import register_architecture
+from lenvm_sglang.rows import LengthRows, Place, Places, Read
 from lenvm_sglang.settings import Settings, StartError
-from lenvm_sglang.state import RequestState, RowTable, to_device
+from lenvm_sglang.state import RowTable, to_device
 
 if TYPE_CHECKING:
     from lenvm_sglang.lookahead import LastStates
@@ -37,157 +37,8 @@ logger = logging.getLogger(__name__)
 VIRTUAL_ROWS = 1024
 """Most candidate rows of one forward where the host's attention needs a request table for them (its size is this many
 times the context length)."""
-_PLACES = 4
-"""Sets of rows kept: the length fields' rows, the steered and the watched among them, of a decode and a prefill."""
 MOST_REQUESTS = 4096
 """The host's own upper bound of running requests where none is set: what scratch is budgeted for before it is known."""
-
-
-@dataclass(frozen=True)
-class LengthRows:
-    """The rows of one batch that carry length fields.
-
-    Attributes:
-        index: positions in the batch, ascending.
-        states: their request objects.
-        draws: for each, whether a token is drawn after this forward (not from all but the last chunk of a chunked
-            prefill, nor from a request that only reads its prompt).
-        steered: for each, whether that token is guided.
-        moved: those (positions in `states`) whose target begins to count with this decode step.
-    """
-
-    index: list[int]
-    states: list[RequestState]
-    draws: list[bool]
-    steered: list[bool]
-    moved: Sequence[int] = ()
-
-    def __post_init__(self) -> None:
-        assert len(self.index) == len(self.states) == len(self.draws) == len(self.steered) > 0
-
-    def drawing(self, steered: bool) -> LengthRows | None:
-        """The rows that draw a token and are (not) steered, but for failed ones; None if there are none."""
-        wanted = [
-            draws and is_steered == steered and not state.failed
-            for draws, is_steered, state in zip(self.draws, self.steered, self.states, strict=True)
-        ]
-        keep = [i for i, is_wanted in enumerate(wanted) if is_wanted]
-        return self.only(keep) if keep else None
-
-    def only(self, keep: Sequence[int]) -> LengthRows:
-        """Some of the rows, by their positions in `states`."""
-        moved = [new for new, old in enumerate(keep) if old in self.moved]
-        return LengthRows(
-            [self.index[i] for i in keep],
-            [self.states[i] for i in keep],
-            [self.draws[i] for i in keep],
-            [self.steered[i] for i in keep],
-            moved,
-        )
-
-
-class Place:
-    """Where rows of a batch stand, on the device. Made when a batch changes, not at each step.
-
-    Attributes:
-        states: their request objects.
-        whole: they are the whole batch, in its order.
-        index: [R] int64 positions in the batch.
-        host_index: the same on the host.
-        slots: [R] int64 rows of the host's request pool.
-        scratch: [R, K] int64 KV slots of their candidates; [R, 0] where candidates are not fed.
-        present: the controls among them.
-        strict: one of them has `length_strict`.
-        reach: how many of the most probable tokens have to be ordered for them.
-        reported: those that report the length after each token; None for none of them.
-    """
-
-    def __init__(
-        self, batch: Any, rows: LengthRows, table: RowTable, scratch: Tensor, width: int, vocabulary: int
-    ) -> None:
-        device = batch.seq_lens.device
-        self.states = rows.states
-        self.whole = len(rows.index) == batch.batch_size
-        self.host_index = rows.index
-        self.index = to_device(rows.index, torch.int64, device)
-        self.slots = batch.req_pool_indices[self.index].long()
-        self.scratch = scratch[self.slots]
-        filtered = any(s.top_k < vocabulary or s.top_p < 1 or s.min_p > 0 for s in rows.states)
-        self.parameters = table.parameters(self.slots, unfiltered=not filtered)
-        self.present = frozenset(s.request.control_code for s in rows.states)
-        self.strict = any(s.request.strict for s in rows.states)
-        # the states are on the host: with no top-k on, ordering K tokens is enough
-        self.reach = max([width, *(s.top_k for s in rows.states if s.top_k < vocabulary)])
-        wanted = [i for i, s in enumerate(rows.states) if s.request.return_values]
-        self.reported: Reported | None = None
-        if wanted:
-            part = None if len(wanted) == len(rows.states) else to_device(wanted, torch.int64, device)
-            self.reported = Reported([rows.index[i] for i in wanted], [rows.states[i] for i in wanted], part)
-
-    def take(self, batch_rows: Tensor) -> Tensor:
-        """These rows of a tensor whose first dimension is the batch."""
-        return batch_rows if self.whole else batch_rows[self.index]
-
-
-class Places:
-    """The places of recent batches, because a batch of the same rows keeps its place from step to step.
-
-    Args:
-        table: parameters of the running requests.
-        scratch: [request rows, K] int64 KV slots of candidates, [request rows, 0] where candidates are not fed.
-        width: K.
-        vocabulary: of the base model.
-    """
-
-    def __init__(self, table: RowTable, scratch: Tensor, width: int, vocabulary: int) -> None:
-        self.table, self.scratch, self.width, self.vocabulary = table, scratch, width, vocabulary
-        self._known: dict[tuple[object, ...], Place] = {}
-
-    def find(self, batch: Any, rows: LengthRows) -> Place:
-        """Where `rows` stand; from the last step, if nothing has changed since."""
-        key = (batch.batch_size, *rows.index, *map(id, rows.states))
-        place = self._known.get(key)
-        # a place keeps its states alive, so an id is not given to another object meanwhile
-        if place is None:
-            place = Place(batch, rows, self.table, self.scratch, self.width, self.vocabulary)
-            while len(self._known) >= _PLACES:
-                self._known.pop(next(iter(self._known)))
-            self._known[key] = place
-        return place
-
-    def write(self, slots: Tensor, states: Sequence[RequestState]) -> None:
-        """New requests in the rows `slots` [R] int64: their parameters, and nothing known of where they stand."""
-        self.table.write(slots, states)
-        self._known.clear()
-
-
-@dataclass(frozen=True)
-class Reported:
-    """Rows whose predicted lengths are reported.
-
-    Attributes:
-        index: positions in the batch.
-        states: their request objects.
-        part: [len(index)] which of the place's rows they are; None: all.
-    """
-
-    index: list[int]
-    states: list[RequestState]
-    part: Tensor | None
-
-
-class Read(NamedTuple):
-    """What the value model read in a prefill, N rows with length fields.
-
-    Attributes:
-        hidden: [T, H] of all their tokens, row after row.
-        prefixes: [N] tokens that each row had read before.
-        lengths: [N] tokens of each row now.
-    """
-
-    hidden: Tensor
-    prefixes: list[int]
-    lengths: list[int]
 
 
 class ValueWorker:

@@ -136,7 +136,7 @@ def test_the_host_is_asked_for_states() -> None:
 def test_states_of_whole_prefills(heads: dict[str, tuple[Path, Path]]) -> None:
     """Where the operator asked the host for every state, the last of each row is taken."""
     from lenvm_sglang.lookahead import AttachedWorker
-    from lenvm_sglang.worker import LengthRows
+    from lenvm_sglang.rows import LengthRows
     from tests.sglang.test_parts import state
 
     pair, head = heads["attached"]

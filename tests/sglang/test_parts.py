@@ -18,8 +18,9 @@ from lenvm_sglang.attention import CandidateLayout, SharedPrefixBackend, attend
 from lenvm_sglang.middleware import CHAT, COMPLETIONS, GENERATE, LengthFieldsMiddleware, annotate, lift_fields
 from lenvm_sglang.outputs import HostLengthOutput
 from lenvm_sglang.responses import Collected, Progress, annotate_metadata, collected, publish
+from lenvm_sglang.rows import LengthRows
 from lenvm_sglang.state import RequestState, RowTable
-from lenvm_sglang.worker import LengthRows, select_rows
+from lenvm_sglang.worker import select_rows
 
 
 def state(**changes: Any) -> RequestState:
