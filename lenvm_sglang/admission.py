@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -47,6 +48,32 @@ def parse_fields(fields: Mapping[str, Any], served: bool) -> LengthRequest | Non
             name, f"{name} needs a length value model, and this server has none; start it with --lenvm-model."
         )
     return request
+
+
+def check_token_ids(input_ids: Sequence[int], vocabulary: int) -> None:
+    """Refuse a prompt with token ids that the base model does not have: looking one up ends the host's scheduler, and
+    every other request with it.
+
+    Raises:
+        ValueError: naming the id, which the host answers with 400.
+    """
+    if not input_ids or (min(input_ids) >= 0 and max(input_ids) < vocabulary):
+        return
+    wrong = next(token for token in input_ids if not 0 <= token < vocabulary)
+    raise ValueError(f"The prompt has token id {wrong}; allowed are 0 to {vocabulary - 1}, the model's vocabulary.")
+
+
+def check_stop_regex(stop_regex: str | Sequence[str] | None) -> None:
+    """Refuse a regular expression that does not compile, which the host would answer with a 500.
+
+    Raises:
+        ValueError: naming it, which the host answers with 400.
+    """
+    for pattern in [stop_regex] if isinstance(stop_regex, str) else stop_regex or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"stop_regex {pattern!r} is not a regular expression: {error}.") from None
 
 
 def check_custom_params(custom_params: Mapping[str, Any] | None) -> None:

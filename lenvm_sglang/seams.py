@@ -186,10 +186,13 @@ def verify_sampling_params(result: None, self: Any, *args: Any, **kwargs: Any) -
 
 
 def validate_request(original: Callable[..., None], self: Any, obj: Any, input_ids: Any) -> None:
-    """AROUND TokenizerManager._validate_one_request: a target against the prompt's tokens."""
+    """AROUND TokenizerManager._validate_one_request: what the host would let through to its end, and a target against
+    the prompt's tokens."""
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     if process.served and isinstance(obj, GenerateReqInput) and input_ids is not None:
+        admission.check_token_ids(input_ids, self.model_config.vocab_size)
+        admission.check_stop_regex(obj.sampling_params.get("stop_regex"))
         thinks = process.think_tags is not None
         obj.sampling_params = admission.check_room(obj.sampling_params, len(input_ids), process.longest, thinks)
     original(self, obj, input_ids)

@@ -69,6 +69,24 @@ def with_fields(route: str, fields: dict[str, Any], stream: bool) -> dict[str, A
     return {**body, **ours, "sampling_params": {**body["sampling_params"], **own}}
 
 
+@pytest.mark.parametrize(
+    ("route", "body", "said"),
+    [
+        ("/generate", {"input_ids": [1, 400]}, "token id 400"),
+        ("/generate", {"input_ids": [[1, 2], [-1]]}, "token id -1"),
+        ("/v1/completions", {"model": "m", "prompt": [5, 10**9]}, "token id 1000000000"),
+        ("/v1/completions", {"model": "m", "prompt": "hello", "stop_regex": "[a"}, "stop_regex"),
+        ("/generate", {"text": "hello", "sampling_params": {"stop_regex": ["b", "(a"]}}, "stop_regex"),
+    ],
+)
+def test_what_would_end_the_host(guided: Server, route: str, body: dict[str, Any], said: str) -> None:
+    """The host itself looks token ids up unchecked, which ends it, and answers a bad expression with a 500."""
+    response = guided.post(route, body)
+    assert response.status_code == 400, response.text
+    assert said in response.text
+    assert guided.post("/generate", {"text": "hello", "sampling_params": {"max_new_tokens": 2}}).status_code == 200
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_bad_fields(guided: Server, route: str) -> None:
     for fields, param in BAD:
