@@ -84,7 +84,8 @@ class LengthValueModel(nn.Module):
             **kwargs: as for transformers' `from_pretrained` (dtype, device_map, ...).
 
         Raises:
-            LenvmFormatError: if it is not a length value model, or its architecture does not fit its backbone.
+            LenvmFormatError: if it is not a length value model, its architecture does not fit its backbone, or weights
+                are missing.
         """
         if cls is not LengthValueModel:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
@@ -109,7 +110,7 @@ class LengthValueModel(nn.Module):
                 f"{pretrained_model_name_or_path} names the architecture {list(named)}, but its backbone "
                 f"({config.model_type}) makes a {concrete.__name__}; set `architectures` in its config.json to that."
             )
-        return concrete.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        return _load_whole(concrete, pretrained_model_name_or_path, "", *args, config=config, **kwargs)
 
     @classmethod
     def from_backbone(cls, backbone: str | Path | PretrainedConfig, lenvm: LenvmConfig, **kwargs: Any) -> Any:
@@ -119,13 +120,17 @@ class LengthValueModel(nn.Module):
             backbone: directory or hub name of a causal LM or VLM; a config gives random weights.
             lenvm: gamma, heads and bins.
             **kwargs: as for transformers' `from_pretrained`.
+
+        Raises:
+            LenvmFormatError: if the model type is unknown, or the files lack weights of the backbone.
         """
         if isinstance(backbone, PretrainedConfig):
             config = prepare_config(backbone, lenvm)
             return value_class(backbone_class(config))(config)
         config = AutoConfig.from_pretrained(backbone, trust_remote_code=kwargs.get("trust_remote_code", False))
         concrete = value_class(backbone_class(config))
-        return concrete.from_pretrained(backbone, config=prepare_config(config, lenvm), **kwargs)
+        fresh = prepare_config(config, lenvm)
+        return _load_whole(concrete, backbone, f"{concrete.base_model_prefix}.", config=fresh, **kwargs)
 
     def forward(
         self,
@@ -201,6 +206,23 @@ class LengthValueModel(nn.Module):
         return None
 
 
+def _load_whole(concrete: Any, where: str | Path, prefix: str, *args: Any, **kwargs: Any) -> Any:
+    """`concrete.from_pretrained`, which would leave weights that a checkpoint lacks random, with a warning at most.
+
+    Raises:
+        LenvmFormatError: if a weight under `prefix` is missing.
+    """
+    asked = kwargs.pop("output_loading_info", False)
+    model, report = concrete.from_pretrained(where, *args, output_loading_info=True, **kwargs)
+    missing = sorted(key for key in report["missing_keys"] if key.startswith(prefix))
+    if missing:
+        raise LenvmFormatError(
+            f"{where} lacks {len(missing)} weights of a {concrete.__name__}, {', '.join(missing[:3])} among them; its "
+            "config.json and its safetensors files do not belong together."
+        )
+    return (model, report) if asked else model
+
+
 def lookahead_head(lenvm: LenvmConfig, hidden_size: int, vocabulary: int) -> LookaheadHead:
     """A lookahead head of a block's shape, without its weights."""
     shape = lenvm.lookahead
@@ -260,4 +282,20 @@ def value_class(causal: type[PreTrainedModel]) -> Any:
             namespace[key] = causal.__dict__[key]
     if TYPE_CHECKING:
         return LengthValueModel
+    _share_key_mapping(causal.__name__, stem + ARCHITECTURE_SUFFIX)
     return type(stem + ARCHITECTURE_SUFFIX, (LengthValueModel, parent, GenerationMixin), namespace)
+
+
+def _share_key_mapping(causal: str, ours: str) -> None:
+    """Let a class of ours read the published checkpoints whose keys are older than the backbone's class.
+
+    Checked against transformers 5.6 (mappings by model type, which ours has already) and 5.19 (some by the name of the
+    causal class). Older versions have no such module and take `_checkpoint_conversion_mapping` from `_INHERITED`.
+    """
+    try:
+        from transformers import conversion_mapping
+    except ImportError:
+        return
+    mapping = conversion_mapping.get_checkpoint_conversion_mapping(causal)
+    if mapping is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)

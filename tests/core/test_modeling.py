@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from lenvm import LengthBins, LengthValueModel, LenvmConfig, LenvmFormatError
 from lenvm.definitions import length_from_logit
@@ -187,3 +188,18 @@ def test_config_block_survives_rewriting(tmp_path: Path) -> None:
     write_lenvm_config(tmp_path, changed)
     assert read_lenvm_config(tmp_path) == changed
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen2"
+
+
+def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path: Path) -> None:
+    """The host library would leave them random."""
+    backbone("Qwen2", tmp_path / "base")
+    LengthValueModel.from_backbone(tmp_path / "base", LENVM).save_pretrained(tmp_path / "lenvm")
+    for folder, lost in (("base", "model.norm.weight"), ("lenvm", "value_head.w1")):
+        file = tmp_path / folder / "model.safetensors"
+        weights = load_file(file)
+        del weights[lost]
+        save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(LenvmFormatError, match=r"model\.norm\.weight"):
+        LengthValueModel.from_backbone(tmp_path / "base", LENVM)
+    with pytest.raises(LenvmFormatError, match=r"value_head\.w1"):
+        LengthValueModel.from_pretrained(tmp_path / "lenvm")
