@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -50,11 +52,22 @@ def cpu_environment(wanted: Mapping[str, str]) -> dict[str, str]:
     return {} if has_gpu() else {k: os.environ.get(k, v) for k, v in wanted.items()}
 
 
+# A server listens on its port only some twenty seconds after it was chosen. In the meantime the system gives none of
+# these away: ephemeral ports begin above them, and SGLang takes the ports between its parts from below them.
+_PORTS = range(30_000, 32_768)
+
+
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on now, and that hardly anybody will before long.
+
+    Raises:
+        PipelineError: if none is free.
+    """
+    for port in random.sample(_PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise PipelineError(f"no free port among {_PORTS.start} to {_PORTS.stop - 1}; name one with --port.")
 
 
 class SglangServer:

@@ -21,13 +21,14 @@ TRAIN_PYTHON = Path(os.environ.get("LENVM_TRAIN_PYTHON", Path(sys.prefix).parent
 # Small enough for a test, large enough that the base model ends its answers and the LenVM has something to learn.
 SMALL = (
     "prepare.args=[--documents, '10000']",
-    "base.train.overrides={max_steps: 200}",
-    "sampling.max_tokens=160",
+    "base.train.overrides={max_steps: 130}",
+    "sampling.max_tokens=128",
     "sampling.train={n: 4, limit: 80}",
     "sampling.val={n: 4, limit: 16}",
     "sampling.test={n: 8, limit: 8}",
     "lenvm.overrides={num_train_epochs: 1.0}",
     "evaluation.max_prompts=8",
+    "evaluation.concurrency=16",  # of the speed blocks too
     "evaluation.targets=1",
     "evaluation.bound_targets=1",
     "evaluation.median_samples=1",

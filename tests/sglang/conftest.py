@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from lenvm.pipeline.server import free_port
 from tests.sglang.models import CONTEXT, FAMILIES, make_pair
 from tests.sglang.reference import Reference
 
@@ -33,12 +33,6 @@ COMMON = (
 def environment(**extra: str) -> dict[str, str]:
     """Of a server process."""
     return {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @dataclass
