@@ -15,7 +15,7 @@ from py_mini_racer import mini_racer
 
 from lenvm_sglang.endpoints import page as page_source
 from tests.sglang.browser import browser
-from tests.sglang.conftest import Server, start
+from tests.sglang.conftest import Server
 
 FORM = {"prompt": "hello", "mode": "equal_to", "target": "12", "strict": False, "bias": "-2.5", "temperature": "0.7",
         "seed": "", "limit": "20"}  # fmt: skip
@@ -119,17 +119,9 @@ def test_the_plot_has_a_point_for_every_state_inside_its_frame(logic: Any) -> No
 # On a machine without a browser the tests below are left out only where someone said so (CONTRIBUTING.md).
 if os.environ.get("LENVM_BROWSER") != "none":
 
-    @pytest.fixture(scope="module")
-    def served(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-        server = start(tmp_path_factory.mktemp("page") / "log", pair / "base", "--lenvm-model", str(pair / "lenvm"))
-        try:
-            yield server.wait()
-        finally:
-            server.stop()
-
     @pytest.mark.slow
-    def test_the_page_in_a_browser(served: Server, tmp_path: Path) -> None:
-        asyncio.run(use_the_page(served, tmp_path))
+    def test_the_page_in_a_browser(guided: Server, tmp_path: Path) -> None:
+        asyncio.run(use_the_page(guided, tmp_path))
 
 
 # Notes inside the page how many pieces there were at each change, so that a slow test misses none.
