@@ -34,7 +34,7 @@ def hardware() -> str:
 def versions() -> str:
     """Of what a figure depends on."""
     found = []
-    for package in ("lenvm", "sglang", "torch", "triton"):
+    for package in ("lenvm", "sglang", "torch", "transformers", "triton", "trl"):
         try:
             found.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:

@@ -21,7 +21,7 @@ sys.path[0] = str(ROOT)
 import torch
 from transformers import Qwen2Config
 
-from benchmarks.results import Result, quantiles, write
+from benchmarks.common import Table
 from lenvm import LengthBins, LengthValueModel, LenvmConfig
 from lenvm.objective import Objective
 from lenvm_lf.collator import IGNORE, DenseReturnCollator
@@ -93,33 +93,35 @@ def main() -> None:
         model.zero_grad(set_to_none=True)
         return loss.item()
 
-    results = []
-    for prompt in options.prompts:
-        rows = sampled(prompt, options.completions, options.length)
-        batches = {"rows": DenseReturnCollator(0)(rows), "shared prefix": SharedPrefixCollator(0)(rows)}
-        seconds: dict[str, list[float]] = {name: [] for name in batches}
-        losses = {}
-        for i in range(options.repeats + 1):
-            for name, batch in batches.items():
-                began = time.perf_counter()
-                losses[name] = step(batch)
-                if DEVICE == "cuda":
-                    torch.cuda.synchronize()
-                if i:  # the first one allocates
-                    seconds[name].append(time.perf_counter() - began)
-        if not options.bf16 and abs(losses["rows"] - losses["shared prefix"]) > 1e-5:
-            raise SystemExit(f"the losses differ: {losses}")
-        sizes = f"P={prompt} K={options.completions} L={options.length} H={options.hidden} layers={options.layers}"
-        for name in batches:
-            results.append(Result("shared_prefix ms", name, sizes, *(1e3 * s for s in quantiles(seconds[name]))))
-        shapes = [batches[name]["input_ids"].shape for name in ("rows", "shared prefix")]
-        linear = shapes[0].numel() / shapes[1].numel()
-        theory = flops(model, shapes[0], False) / flops(model, shapes[1], True)
-        found = quantiles(seconds["rows"])[1] / quantiles(seconds["shared prefix"])[1]
-        for name, value in (("measured", found), ("linear", linear), ("flops", theory)):
-            results.append(Result("shared_prefix speed-up", name, sizes, *[value] * 3))
-        print(f"{sizes}: speed-up {found:.2f}; theory {linear:.2f} without attention, {theory:.2f} with", flush=True)
-    write(options.out, results, "transformers")
+    with Table(options.out) as table:
+        for prompt in options.prompts:
+            rows = sampled(prompt, options.completions, options.length)
+            batches = {"rows": DenseReturnCollator(0)(rows), "shared prefix": SharedPrefixCollator(0)(rows)}
+            seconds: dict[str, list[float]] = {name: [] for name in batches}
+            losses = {}
+            for i in range(options.repeats + 1):
+                for name, batch in batches.items():
+                    began = time.perf_counter()
+                    losses[name] = step(batch)
+                    if DEVICE == "cuda":
+                        torch.cuda.synchronize()
+                    if i:  # the first one allocates
+                        seconds[name].append(time.perf_counter() - began)
+            if not options.bf16 and abs(losses["rows"] - losses["shared prefix"]) > 1e-5:
+                raise SystemExit(f"the losses differ: {losses}")
+            sizes = f"P={prompt} K={options.completions} L={options.length} H={options.hidden} layers={options.layers}"
+            took = {
+                name: table.add("shared_prefix ms", name, sizes, [1e3 * s for s in seconds[name]]) for name in batches
+            }
+            shapes = [batches[name]["input_ids"].shape for name in ("rows", "shared prefix")]
+            linear = shapes[0].numel() / shapes[1].numel()
+            theory = flops(model, shapes[0], False) / flops(model, shapes[1], True)
+            found = took["rows"] / took["shared prefix"]
+            for name, value in (("measured", found), ("linear", linear), ("flops", theory)):
+                table.add("shared_prefix speed-up", name, sizes, [value])
+            print(
+                f"{sizes}: speed-up {found:.2f}; theory {linear:.2f} without attention, {theory:.2f} with", flush=True
+            )
     print(options.out)
 
 

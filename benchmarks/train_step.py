@@ -28,7 +28,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.results import Result, quantiles, write
+from benchmarks.common import Table, quantiles
 from lenvm import LengthBins, LengthValueModel, LenvmConfig
 from lenvm.objective import Objective
 
@@ -146,13 +146,11 @@ def main() -> None:
                 torch.cuda.synchronize()
             if i:  # the first one allocates
                 seconds[provider].append(time.perf_counter() - began)
-    rows = []
-    for provider in PROVIDERS:
-        rows.append(Result("train_step ms", provider, sizes, *(1e3 * s for s in quantiles(seconds[provider]))))
-        rows.append(Result("train_step peak MiB", provider, sizes, *[memory[provider]] * 3))
-    write(options.out, rows, "transformers", "trl")
-    for row in rows:
-        print(f"{row.name:<20} {row.provider:<8} {row.p50:10.1f}  ({row.p20:.1f} to {row.p80:.1f})")
+    with Table(options.out) as table:
+        for provider in PROVIDERS:
+            middle = table.add("train_step ms", provider, sizes, [1e3 * s for s in seconds[provider]])
+            table.add("train_step peak MiB", provider, sizes, [memory[provider]])
+            print(f"{provider:<8} {middle:10.1f} ms {memory[provider]:10.1f} MiB at the peak")
     ours = quantiles(seconds["ours"])[1]
     for other in ("sft", "wrapper"):
         faster = quantiles(seconds[other])[1] / ours
