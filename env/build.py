@@ -36,7 +36,8 @@ CHECKS = {
     "train": "import torch, transformers.models.qwen2.modeling_qwen2, torchaudio, torchvision, lenvm\n"
     "import llamafactory.train.tuner",
     "serve": "import torch, transformers.models.qwen2.modeling_qwen2, torchvision, lenvm, openai, matplotlib.pyplot\n"
-    "import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler, sglang.srt.models.qwen2",
+    "import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler, sglang.srt.models.registry\n"
+    "import sglang.srt.managers.detokenizer_manager, hypothesis, schemathesis",
 }
 
 

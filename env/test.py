@@ -152,12 +152,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"env/test.py: there is no {name} environment; build it with `make env-{name}`", file=sys.stderr)
             return 2
     began = time.monotonic()
-    results = lint() if "lint" in parts else []
     suites = [part for part in parts if part != "lint"]
-    if suites:
-        print(f"\nrunning {', '.join(suites)}, {_AT_ONCE} at a time; each is shown when it has ended", flush=True)
+    print(f"running {', '.join(parts)}, {_AT_ONCE} at a time; each is shown when it has ended", flush=True)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        results += pool.map(lambda name: run_suite(name, options.fast), suites)
+        linted = pool.submit(lint) if "lint" in parts else None
+        results = list(pool.map(lambda name: run_suite(name, options.fast), suites))
+        results = [*(linted.result() if linted else []), *results]
     print(summary(results, time.monotonic() - began), flush=True)
     return 0 if all(r.passed for r in results) else 1
 

@@ -25,7 +25,7 @@ from lenvm.evaluation.metrics import MODES
 from lenvm.evaluation.plan import Request, Sizes, make_plan
 from lenvm.evaluation.schema import Example, Results, Speed
 from lenvm.evaluation.scoring import base_log_probs, predict_at_prompt
-from lenvm.evaluation.speed import Block, measure_speed
+from lenvm.evaluation.speed import Block, in_flight, measure_speed
 
 VERSIONED = ("lenvm", "torch", "transformers", "sglang", "openai", "numpy")
 
@@ -130,9 +130,9 @@ async def _ask(
             lambda done, total: notify("asking", done, total),
         )
         speeds = _stored(paths.out / "speed.json", Speed)
-        if speed and (speeds is None or speeds.concurrency != settings.concurrency):
+        if speed and (speeds is None or speeds.concurrency != in_flight(settings.concurrency)):
             notify("measuring speed", 0, 1)
-            speeds = speed_summary(await measure_speed(asker, data.prompts), settings.concurrency)
+            speeds = speed_summary(await measure_speed(asker, data.prompts), in_flight(settings.concurrency))
             _store(paths.out / "speed.json", speeds)
             notify("measuring speed", 1, 1)
         return _Asked(answers, parameters, await asker.info() or {}, speeds, example)

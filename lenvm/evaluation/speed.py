@@ -10,6 +10,14 @@ from lenvm.evaluation.client import Asker, run_together
 from lenvm.evaluation.data import NaturalPrompt
 from lenvm.evaluation.plan import POSTERIOR, Request, natural_median, stable_seed
 
+REQUESTS = 96
+"""Most requests of a block: what a minute on a CPU allows."""
+
+
+def in_flight(concurrency: int) -> int:
+    """How many requests a block really has in flight at a wanted concurrency."""
+    return min(concurrency, REQUESTS)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -27,7 +35,7 @@ class Block:
 
 
 async def measure_speed(
-    asker: Asker, prompts: Sequence[NaturalPrompt], rounds: int = 2, requests: int = 96, seed: int = 0
+    asker: Asker, prompts: Sequence[NaturalPrompt], rounds: int = 2, requests: int | None = None, seed: int = 0
 ) -> list[Block]:
     """Alternate blocks of unguided and guided requests, nothing else in flight.
 
@@ -38,12 +46,13 @@ async def measure_speed(
         asker: an entered Asker.
         prompts: taken in turn.
         rounds: blocks of each kind.
-        requests: requests a block.
+        requests: requests a block; default: two for each in flight, at most REQUESTS.
         seed: of the sampling.
 
     Returns:
         2 * rounds blocks in the order in which they ran.
     """
+    requests = requests or min(REQUESTS, 2 * asker.settings.concurrency)
     chosen = [prompts[i % len(prompts)] for i in range(requests)]
     for guided in (False, True):
         await _block(asker, chosen[: asker.settings.concurrency], guided, "warm-up", seed)

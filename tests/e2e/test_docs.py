@@ -72,7 +72,7 @@ def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> li
         if word == "--out":
             out[i + 1] = str(folder / Path(out[i + 1]).name)
         small = {
-            "--n": "1", "--max-tokens": "40", "--validation": "0.4", "--test": "0.3", "--targets": "8,16",
+            "--n": "1", "--max-tokens": "40", "--validation": "0.4", "--test": "0.3", "--targets": "8",
             "--passes": "1,2", "--budgets": "10,20",
         }  # fmt: skip
         if word == "--samples" and out[i + 1].isdigit():

@@ -233,3 +233,9 @@ def test_the_host_packages_import_here(package: str) -> None:
     code = code or "import torch, torchaudio; torchaudio.functional.amplitude_to_DB(torch.ones(1), 20.0, 1e-10, 0.0)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_garbage_is_looked_for_less_often_on_a_cpu_only() -> None:
+    code = "import gc; print(gc.get_threshold()[0])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(found) == (50_000 if torch.version.cuda is None else 700)

@@ -1,4 +1,4 @@
-"""Compile every kernel for one GPU generation, without a GPU: `python -m tests.kernels.compile_kernels 90`.
+"""Compile every kernel for GPU generations, without a GPU: `python -m tests.kernels.compile_kernels 80 90 100`.
 
 Prints one JSON object a kernel: registers and bytes of stack and local memory (both 0 unless registers spill), from the
 assembler that comes with Triton. A process of its own, because the interpreter and the compiler exclude each other.
@@ -102,9 +102,9 @@ def compile_case(
 
 
 def main() -> None:
-    capability = int(sys.argv[1])
-    for case in CASES if capability == 90 else SHORT:
-        print(json.dumps(compile_case(capability, *case)), flush=True)
+    for capability in map(int, sys.argv[1:]):
+        for case in CASES if capability == 90 else SHORT:
+            print(json.dumps(compile_case(capability, *case)), flush=True)
 
 
 if __name__ == "__main__":

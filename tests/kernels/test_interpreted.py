@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+CHECKS = "tests/kernels/interpreted"
 
 
-def run_checks(name: str, least: int, *arguments: str) -> None:
-    """Run one file of checks; at least so many must have passed."""
+def run_checks(least: int, *arguments: str) -> None:
+    """Run checks; at least so many must have passed."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     done = subprocess.run(
-        [*command, f"tests/kernels/interpreted/{name}.py", *arguments],
+        [*command, *arguments],
         cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -25,25 +26,12 @@ def run_checks(name: str, least: int, *arguments: str) -> None:
     assert passed and int(passed.group(1)) >= least, done.stdout[-2000:]
 
 
-def test_edges() -> None:
-    run_checks("check_tilt", 3, "-k", "edges and (POSTERIOR or SOFT) or hard_ties or bad_length")
+def test_ties_and_bad_scores() -> None:
+    """For the inner loop; the others are below."""
+    run_checks(2, f"{CHECKS}/check_tilt.py", "-k", "hard_ties or bad_length")
 
 
 @pytest.mark.slow
-def test_tilt() -> None:
-    run_checks("check_tilt", 16)
-
-
-@pytest.mark.slow
-def test_properties() -> None:
-    run_checks("check_properties", 5)
-
-
-@pytest.mark.slow
-def test_candidates_and_value_head() -> None:
-    run_checks("check_parts", 9)
-
-
-@pytest.mark.slow
-def test_planted_bugs_are_caught() -> None:
-    run_checks("check_mutants", 18)
+def test_all() -> None:
+    """Against float64, properties, edges and planted bugs: one process, because each has to import Triton."""
+    run_checks(48, *(f"{CHECKS}/check_{name}.py" for name in ("tilt", "properties", "parts", "mutants")))

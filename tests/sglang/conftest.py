@@ -1,6 +1,6 @@
-"""Real SGLang servers over tiny models: one with a LenVM, one under stress (chunked prefill, forced retraction, other
-backbones, a value head only, thinking), one without a LenVM. They start together when the first test asks for one, and
-end with the session."""
+"""Real SGLang servers over tiny models: one with a LenVM, one under stress (forced retraction, other backbones, a value
+head only, thinking, an API key), one without a LenVM; all prefill in chunks of 16 tokens. They start together when the
+first test asks for one, and end with the session."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from tests.sglang.reference import Reference
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 480
+API_KEY = "secret"
+"""Of the server under stress; the others take requests with and without one."""
 COMMON = (
     "--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32", "--sleep-on-idle",
     "--host", "127.0.0.1", "--context-length", str(CONTEXT), "--max-total-tokens", "8192",
@@ -47,6 +49,11 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a client with the API key sends."""
+        return {"Authorization": f"Bearer {API_KEY}"}
+
     def wait(self) -> Server:
         deadline = time.time() + START_SECONDS
         while time.time() < deadline:
@@ -63,7 +70,7 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
 
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=120)
+        return httpx.post(self.url + path, json=body, headers=self.headers, timeout=120)
 
     def generate(
         self, ids: list[int], limit: int, fields: dict[str, Any] | None = None, **sampling: Any
@@ -116,25 +123,20 @@ def mixed_reference(mixed_pair: Path) -> Reference:
 @pytest.fixture(scope="session")
 def _servers(pair: Path, mixed_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
     logs = tmp_path_factory.mktemp("logs")
+    chunks = ("--chunked-prefill-size", "16")  # the same everywhere, for the same numbers
     servers = {
-        "guided": start(logs / "guided", pair / "base", "--lenvm-model", str(pair / "lenvm")),
+        "guided": start(
+            logs / "guided", pair / "base", "--lenvm-model", str(pair / "lenvm"), *chunks, "--enable-metrics"
+        ),
         "stressed": start(
             logs / "stressed",
             mixed_pair / "base",
-            *(
-                "--lenvm-model",
-                str(mixed_pair / "lenvm"),
-                "--lenvm-max-candidates",
-                "6",
-                "--chunked-prefill-size",
-                "16",
-                "--reasoning-parser",
-                "qwen3",
-            ),
+            *("--lenvm-model", str(mixed_pair / "lenvm"), "--lenvm-max-candidates", "6", *chunks),
+            *("--reasoning-parser", "qwen3", "--api-key", API_KEY),
             launcher=("-c", "from sglang.cli.main import main; main()", "serve"),
             SGLANG_TEST_RETRACT="1",
         ),
-        "plain": start(logs / "plain", pair / "base"),
+        "plain": start(logs / "plain", pair / "base", *chunks),
     }
     try:
         yield servers

@@ -1,39 +1,25 @@
-"""Endpoints of our own, metrics and the OpenAPI document, on a server with an API key, metrics and small chunks."""
+"""Endpoints of our own, metrics and the OpenAPI document, on a server with small chunks; API keys."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from tests.sglang.conftest import Server, start
+from tests.sglang.conftest import API_KEY, Server
 from tests.sglang.models import prompts
 from tests.sglang.reference import Reference
 
 pytestmark = pytest.mark.slow
-KEY = {"Authorization": "Bearer secret"}
 MESSAGES: list[Any] = [{"role": "user", "content": "hello world"}]
 
 
-@pytest.fixture(scope="module")
-def served(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("endpoints") / "log"
-    flags = ("--enable-metrics", "--api-key", "secret", "--chunked-prefill-size", "16")
-    server = start(log, pair / "base", "--lenvm-model", str(pair / "lenvm"), *flags)
-    try:
-        yield server.wait()
-    finally:
-        server.stop()
-
-
 def ask(server: Server, path: str, body: Any) -> httpx.Response:
-    return httpx.post(server.url + path, json=body, timeout=120, headers=KEY)
+    return server.post(path, body)
 
 
 def values(server: Server, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -60,27 +46,27 @@ def assert_states(found: dict[str, Any], reference: Reference, prompt: list[int]
     assert all(a <= b <= c for a, b, c in zip(*found["quantiles"].values(), strict=True))
 
 
-def test_values_are_those_of_transformers(served: Server, reference: Reference) -> None:
+def test_values_are_those_of_transformers(guided: Server, reference: Reference) -> None:
     """Prompts and completions longer than a chunk, alone and together; stop tokens in the middle and at the end."""
     asked = [(p, c) for p, c in zip(prompts(6, seed=40, shared=30), prompts(6, seed=41), strict=True)]
     asked[0] = (asked[0][0], [*asked[0][1], reference.stop])
     asked[1] = ([*asked[1][0], reference.stop], [5, reference.stop, 6, 7])
     asked[2] = ([9], [8])
     items = [{"prompt": p, "completion": c} for p, c in asked]
-    for found, (prompt, completion) in zip(values(served, {"items": items}), asked, strict=True):
+    for found, (prompt, completion) in zip(values(guided, {"items": items}), asked, strict=True):
         assert_states(found, reference, prompt, completion)
-    assert_states(values(served, items[3])[0], reference, *asked[3])
+    assert_states(values(guided, items[3])[0], reference, *asked[3])
 
 
-def test_values_after_the_prefix_was_cached(served: Server, reference: Reference) -> None:
+def test_values_after_the_prefix_was_cached(guided: Server, reference: Reference) -> None:
     (prompt,), (completion,) = prompts(1, seed=42), prompts(1, seed=43)
     for _ in range(2):
-        assert_states(values(served, {"prompt": prompt, "completion": completion})[0], reference, prompt, completion)
+        assert_states(values(guided, {"prompt": prompt, "completion": completion})[0], reference, prompt, completion)
     # what was read for its values serves guided requests too, and the other way round
-    answer = served_greedy(served, prompt + completion, {"length_target": 9})
+    answer = served_greedy(guided, prompt + completion, {"length_target": 9})
     assert answer["output_ids"] == reference.greedy(prompt + completion, 12, {"length_target": 9})
     longer = completion + answer["output_ids"]
-    assert_states(values(served, {"prompt": prompt, "completion": longer})[0], reference, prompt, longer)
+    assert_states(values(guided, {"prompt": prompt, "completion": longer})[0], reference, prompt, longer)
 
 
 def served_greedy(server: Server, ids: list[int], fields: dict[str, Any]) -> dict[str, Any]:
@@ -88,26 +74,26 @@ def served_greedy(server: Server, ids: list[int], fields: dict[str, Any]) -> dic
     return ask(server, "/generate", {"input_ids": ids, "sampling_params": params, **fields}).json()
 
 
-def test_values_agree_with_what_generation_reported(served: Server) -> None:
+def test_values_agree_with_what_generation_reported(guided: Server) -> None:
     fields = {"return_length_values": True, "length_target": 8, "length_strict": True}
     (prompt,) = prompts(1, seed=44)
-    answer = served_greedy(served, prompt, fields)
-    found = values(served, {"prompt": prompt, "completion": answer["output_ids"]})[0]
+    answer = served_greedy(guided, prompt, fields)
+    found = values(guided, {"prompt": prompt, "completion": answer["output_ids"]})[0]
     report = answer["lenvm"]
     assert found["remaining"] == pytest.approx([report["predicted_length"], *report["values"]], rel=1e-4)
     assert {k: v[0] for k, v in found["quantiles"].items()} == report["quantiles"]
 
 
-def test_values_and_predictions_of_conversations_and_texts(served: Server) -> None:
-    chat = values(served, {"messages": MESSAGES, "completion": "yes no"})[0]
-    again = values(served, {"messages": MESSAGES, "completion": chat["token_ids"]})[0]
+def test_values_and_predictions_of_conversations_and_texts(guided: Server) -> None:
+    chat = values(guided, {"messages": MESSAGES, "completion": "yes no"})[0]
+    again = values(guided, {"messages": MESSAGES, "completion": chat["token_ids"]})[0]
     assert again["remaining"] == pytest.approx(chat["remaining"], rel=1e-5)
     rendered = "<|im_start|>user\nhello world<|im_end|>\n<|im_start|>assistant\n"
-    assert values(served, {"prompt": rendered, "completion": "yes no"})[0]["remaining"] == pytest.approx(
+    assert values(guided, {"prompt": rendered, "completion": "yes no"})[0]["remaining"] == pytest.approx(
         chat["remaining"], rel=1e-5
     )
     for body in ({"messages": MESSAGES}, {"prompt": rendered}):
-        predicted = ask(served, "/lenvm/predict", body).json()["data"][0]
+        predicted = ask(guided, "/lenvm/predict", body).json()["data"][0]
         assert predicted["predicted_length"] == pytest.approx(chat["remaining"][0], rel=1e-5)
         assert predicted["prompt_tokens"] == chat["prompt_tokens"]
 
@@ -132,50 +118,48 @@ def test_values_and_predictions_of_conversations_and_texts(served: Server) -> No
         ([], "body"),
     ],
 )
-def test_values_refuses(served: Server, body: Any, says: str) -> None:
-    response = ask(served, "/lenvm/values", body)
+def test_values_refuses(guided: Server, body: Any, says: str) -> None:
+    response = ask(guided, "/lenvm/values", body)
     assert response.status_code == 400, response.text
     assert says in response.json()["error"]["message"]
 
 
-def test_broken_json_is_a_400(served: Server) -> None:
+def test_broken_json_is_a_400(guided: Server) -> None:
     for raw in (b"", b"{", b'{"prompt": "\\ud800", "completion": "a"}', b"[" * 100_000, b"\xff"):
         for path in ("/lenvm/values", "/lenvm/predict"):
-            response = httpx.post(served.url + path, content=raw, headers=KEY, timeout=60)
+            response = httpx.post(guided.url + path, content=raw, timeout=60)
             assert response.status_code == 400, raw[:20]
             assert response.json()["error"]["message"]
 
 
-def test_the_servers_api_key_guards_every_endpoint(served: Server) -> None:
+def test_the_servers_api_key_guards_every_endpoint(stressed: Server) -> None:
     for method, path in (
         ("GET", "/lenvm/info"),
         ("POST", "/lenvm/predict"),
         ("POST", "/lenvm/values"),
         ("GET", "/lenvm"),
     ):
-        assert httpx.request(method, served.url + path).status_code == 401, path
-        assert httpx.request(method, served.url + path, headers=KEY).status_code != 401, path
-    client = OpenAI(base_url=served.url + "/v1", api_key="secret")
+        assert httpx.request(method, stressed.url + path).status_code == 401, path
+        assert httpx.request(method, stressed.url + path, headers=stressed.headers).status_code != 401, path
+    client = OpenAI(base_url=stressed.url + "/v1", api_key=API_KEY)
     assert client.chat.completions.create(model="m", messages=MESSAGES, max_tokens=2).choices
 
 
-def test_the_sequence_key_is_ours(served: Server) -> None:
+def test_the_sequence_key_is_ours(guided: Server) -> None:
     params = {"custom_params": {"lenvm_sequence_from": 0, "return_length_values": True}}
-    response = ask(served, "/generate", {"text": "a", "sampling_params": params})
+    response = ask(guided, "/generate", {"text": "a", "sampling_params": params})
     assert response.status_code == 400
 
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/generate"])
-def test_streams_carry_values_as_they_come(served: Server, route: str) -> None:
+def test_streams_carry_values_as_they_come(guided: Server, route: str) -> None:
     bodies: dict[str, dict[str, Any]] = {
         "/v1/chat/completions": {"model": "m", "messages": MESSAGES, "max_tokens": 20},
         "/v1/completions": {"model": "m", "prompt": "hello", "max_tokens": 20},
         "/generate": {"text": "hello", "sampling_params": {"max_new_tokens": 20}},
     }
     fields = {"length_target": 12, "length_strict": True, "return_length_values": True, "stream": True}
-    with httpx.stream(
-        "POST", served.url + route, json={**bodies[route], **fields}, headers=KEY, timeout=60
-    ) as response:
+    with httpx.stream("POST", guided.url + route, json={**bodies[route], **fields}, timeout=60) as response:
         events = [json.loads(x[6:]) for x in response.iter_lines() if x.startswith("data: {")]
     choices = events if route == "/generate" else [c for e in events for c in e["choices"]]
     deltas = [c["lenvm_delta"] for c in choices if "lenvm_delta" in c]
@@ -192,16 +176,16 @@ def samples(server: Server) -> dict[str, float]:
     return {x.rsplit(" ", 1)[0]: float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith("lenvm_")}
 
 
-def test_metrics_count_guided_requests_and_no_others(served: Server) -> None:
-    before = samples(served)
-    served_greedy(served, [5, 6, 7], {})
-    assert {k: v for k, v in samples(served).items() if "seconds" not in k} == {
+def test_metrics_count_guided_requests_and_no_others(guided: Server) -> None:
+    before = samples(guided)
+    served_greedy(guided, [5, 6, 7], {})
+    assert {k: v for k, v in samples(guided).items() if "seconds" not in k} == {
         k: v for k, v in before.items() if "seconds" not in k
     }
     for target in (6, 9):
-        served_greedy(served, [5, 6, 7], {"length_target": target, "length_control": "hard", "length_strict": True})
-    served_greedy(served, [5, 6, 7], {"length_bias": 2.0})
-    after = samples(served)
+        served_greedy(guided, [5, 6, 7], {"length_target": target, "length_control": "hard", "length_strict": True})
+    served_greedy(guided, [5, 6, 7], {"length_bias": 2.0})
+    after = samples(guided)
 
     def grown(name: str) -> float:
         return after[name] - before.get(name, 0.0)
@@ -220,8 +204,8 @@ def test_metrics_count_guided_requests_and_no_others(served: Server) -> None:
         assert grown(f'lenvm_step_seconds_sum{{phase="{phase}"}}') > 0
 
 
-def test_openapi_speaks_of_length_control(served: Server) -> None:
-    document = httpx.get(served.url + "/openapi.json", headers=KEY, timeout=60).json()
+def test_openapi_speaks_of_length_control(guided: Server) -> None:
+    document = httpx.get(guided.url + "/openapi.json", timeout=60).json()
     schemas = document["components"]["schemas"]
     for path in ("/v1/chat/completions", "/v1/completions", "/generate"):
         operation = document["paths"][path]["post"]
@@ -238,7 +222,7 @@ def test_openapi_speaks_of_length_control(served: Server) -> None:
     assert references <= set(schemas), references - set(schemas)
 
 
-def test_the_page_is_one_file_without_outside_parts(served: Server) -> None:
-    response = httpx.get(served.url + "/lenvm", headers=KEY)
+def test_the_page_is_one_file_without_outside_parts(guided: Server) -> None:
+    response = httpx.get(guided.url + "/lenvm")
     assert response.headers["content-type"].startswith("text/html")
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(""", response.text)
