@@ -124,10 +124,9 @@ def mixed_reference(mixed_pair: Path) -> Reference:
 def _servers(pair: Path, mixed_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
     logs = tmp_path_factory.mktemp("logs")
     chunks = ("--chunked-prefill-size", "16")  # the same everywhere, for the same numbers
+    metrics = "--enable-metrics"  # it adds to the host's metadata, which is compared
     servers = {
-        "guided": start(
-            logs / "guided", pair / "base", "--lenvm-model", str(pair / "lenvm"), *chunks, "--enable-metrics"
-        ),
+        "guided": start(logs / "guided", pair / "base", "--lenvm-model", str(pair / "lenvm"), *chunks, metrics),
         "stressed": start(
             logs / "stressed",
             mixed_pair / "base",
@@ -136,7 +135,7 @@ def _servers(pair: Path, mixed_pair: Path, tmp_path_factory: pytest.TempPathFact
             launcher=("-c", "from sglang.cli.main import main; main()", "serve"),
             SGLANG_TEST_RETRACT="1",
         ),
-        "plain": start(logs / "plain", pair / "base", *chunks),
+        "plain": start(logs / "plain", pair / "base", *chunks, metrics),
     }
     try:
         yield servers
