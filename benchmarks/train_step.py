@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4, help="rows")
+    parser.add_argument("--batch", type=int, default=16, help="rows")
     parser.add_argument("--tokens", type=int, default=256, help="tokens a row")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,6 +1,6 @@
 """Write everything the demo starts from: tokenizer, untrained base model, training text, prompts.
 
-    python examples/demo/prepare.py OUT [--seed 0] [--documents 40000]
+    python examples/demo/prepare.py OUT [--seed 0] [--documents 45000]
 
     OUT/base_init/            Qwen2-architecture model with random weights, and the tokenizer
     OUT/data/                 base_train.jsonl (ShareGPT rows) and dataset_info.json for LlamaFactory
@@ -27,7 +27,7 @@ from tokenizer import train_tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 from world import Prompt, draw_corpus, draw_prompts
 
-DOCUMENTS = 40_000
+DOCUMENTS = 45_000
 PROMPTS = {"train": 1200, "val": 150, "test": 200}
 TOKENIZER_DOCUMENTS = 10_000
 MAX_LENGTH = 1024
