@@ -23,7 +23,21 @@ from lenvm.evaluation.schema import Estimate, Results
 from lenvm.pipeline.recipe import Server
 from lenvm.pipeline.server import SglangServer
 
-HEADER = ("source", "rule", "Length Score", "exact hits %", "log p / token", "natural stops %", "answers")
+HEADER = (
+    "source",
+    "mode",
+    "rule",
+    "Length Score",
+    "kept %",
+    "log p / token",
+    "accuracy %",
+    "natural stops %",
+    "answers",
+)
+SECOND = (
+    *("source", "error of E[L] at the prompt %", "bias %", "at_most 60 % of the mean: share of the base's accuracy %"),
+    *("unguided tokens/s", "guided", "ratio", "memory"),
+)
 
 
 def evaluate(name: str, lenvm: Path, args: argparse.Namespace) -> tuple[Results, str]:
@@ -38,8 +52,8 @@ def evaluate(name: str, lenvm: Path, args: argparse.Namespace) -> tuple[Results,
                     *(sys.executable, "-m", "lenvm", "eval", "control", "--server", server.url),
                     *("--prompts", str(args.run / "prepare" / "prompts_test.jsonl")),
                     *("--samples", str(args.run / "samples" / "test.jsonl")),
-                    *("--base", base, "--lenvm", str(lenvm), "--out", str(out), "--modes", "equal_to"),
-                    *("--controllers", f"{hard}posterior_a1,posterior,posterior_a4", "--biases", ""),
+                    *("--base", base, "--lenvm", str(lenvm), "--out", str(out), "--modes", "equal_to,at_most"),
+                    *("--controllers", f"{hard}posterior_a1,posterior,posterior_a4", "--biases", "", "--budgets", ""),
                     *("--median-samples", "1", "--concurrency", str(args.concurrency)),
                     *("--max-prompts", str(args.max_prompts)),
                 ],
@@ -83,14 +97,17 @@ def main() -> None:
         for row in [*results.control, *results.side]:
             if row.controller == "base" and name != "full":
                 continue
-            cells = (shown(row.length_score), shown(row.kept), shown(row.base_log_prob, 2), shown(row.natural_stops))
-            print("|" + "|".join((name, row.label, *cells, str(row.length_score.n))) + "|")
-    print("\n|source|error of E[L] at the prompt %|bias %|unguided tokens/s|guided|ratio|memory|\n|-|-|-|-|-|-|-|")
+            cells = (shown(row.length_score), shown(row.kept), shown(row.base_log_prob, 2), shown(row.accuracy))
+            rule = (name, row.mode, row.label)
+            print("|" + "|".join((*rule, *cells, shown(row.natural_stops), str(row.length_score.n))) + "|")
+    print("\n|" + "|".join(SECOND) + "|\n" + "|-" * len(SECOND) + "|")
     for name, (path, results, log) in found.items():
-        cells = ["", ""]
+        cells = ["", "", ""]
         if results.prediction is not None:
             best = next(p for p in results.prediction.predictors if p.key == "distribution")
-            cells = [shown(best.error_mean), shown(best.bias_mean)]
+            cells[:2] = [shown(best.error_mean), shown(best.bias_mean)]
+        if results.trade_off is not None:
+            cells[2] = ", ".join(shown(point.share_of_base) for point in results.trade_off.budgets)
         speed = results.speed
         if speed is not None:
             cells += [f"{speed.unguided:.0f}", f"{speed.guided:.0f}", f"{speed.ratio:.2f}"]
