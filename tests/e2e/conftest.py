@@ -61,7 +61,7 @@ def pipeline(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command += ["--out", str(folder), "--train-python", str(TRAIN_PYTHON)]
     for setting in SMALL:
         command += ["--set", setting]
-    return subprocess.run([*command, *words], capture_output=True, text=True, timeout=900, check=False)
+    return subprocess.run([*command, *words], capture_output=True, text=True, timeout=1100, check=False)
 
 
 @pytest.fixture(scope="session")
