@@ -51,13 +51,15 @@ def parse_fields(fields: Mapping[str, Any], served: bool) -> LengthRequest | Non
 
 
 def check_token_ids(input_ids: Sequence[int], vocabulary: int) -> None:
-    """Refuse a prompt with token ids that the base model does not have: looking one up ends the host's scheduler, and
-    every other request with it.
+    """Refuse a prompt without tokens, or with token ids that the base model does not have: both end the host's
+    scheduler, and every other request with it.
 
     Raises:
         ValueError: naming the id, which the host answers with 400.
     """
-    if not input_ids or (min(input_ids) >= 0 and max(input_ids) < vocabulary):
+    if not input_ids:
+        raise ValueError("The prompt is empty; it needs at least one token.")
+    if min(input_ids) >= 0 and max(input_ids) < vocabulary:
         return
     wrong = next(token for token in input_ids if not 0 <= token < vocabulary)
     raise ValueError(f"The prompt has token id {wrong}; allowed are 0 to {vocabulary - 1}, the model's vocabulary.")

@@ -191,7 +191,8 @@ def validate_request(original: Callable[..., None], self: Any, obj: Any, input_i
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     if process.served and isinstance(obj, GenerateReqInput) and input_ids is not None:
-        admission.check_token_ids(input_ids, self.model_config.vocab_size)
+        if obj.input_embeds is None:
+            admission.check_token_ids(input_ids, self.model_config.vocab_size)
         admission.check_stop_regex(obj.sampling_params.get("stop_regex"))
         thinks = process.think_tags is not None
         obj.sampling_params = admission.check_room(obj.sampling_params, len(input_ids), process.longest, thinks)

@@ -75,6 +75,8 @@ def with_fields(route: str, fields: dict[str, Any], stream: bool) -> dict[str, A
         ("/generate", {"input_ids": [1, 400]}, "token id 400"),
         ("/generate", {"input_ids": [[1, 2], [-1]]}, "token id -1"),
         ("/v1/completions", {"model": "m", "prompt": [5, 10**9]}, "token id 1000000000"),
+        ("/generate", {"text": ""}, "empty"),
+        ("/generate", {"input_ids": []}, ""),
         ("/v1/completions", {"model": "m", "prompt": "hello", "stop_regex": "[a"}, "stop_regex"),
         ("/generate", {"text": "hello", "sampling_params": {"stop_regex": ["b", "(a"]}}, "stop_regex"),
     ],
