@@ -57,7 +57,7 @@ def check_token_ids(input_ids: Sequence[int], vocabulary: int) -> None:
     Raises:
         ValueError: naming the id, which the host answers with 400.
     """
-    if not input_ids:
+    if len(input_ids) == 0:
         raise ValueError("The prompt is empty; it needs at least one token.")
     if min(input_ids) >= 0 and max(input_ids) < vocabulary:
         return

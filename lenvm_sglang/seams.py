@@ -2,7 +2,8 @@
 
 Each hook is a thin function that reads what it needs from the host's objects and calls a module of ours. `install`
 checks the host's version and that every target exists; `verify` checks, when the scheduler is up, that every hook took
-(SGLang itself only logs a hook that fails).
+(SGLang itself only logs a hook that fails). The module is long because it is the only one: what a host upgrade can
+break is found here and nowhere else.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise PipelineError(f"no free port among {_PORTS.start} to {_PORTS.stop - 1}; name one with --port.")
+    raise PipelineError(f"no free port among {_PORTS.start} to {_PORTS.stop - 1}; end what holds them.")
 
 
 class SglangServer:
