@@ -78,6 +78,21 @@ def check_stop_regex(stop_regex: str | Sequence[str] | None) -> None:
             raise ValueError(f"stop_regex {pattern!r} is not a regular expression: {error}.") from None
 
 
+def check_answer_count(sampling_params: Any) -> None:
+    """Refuse a number of answers that is none, which the host would answer with a 500.
+
+    Args:
+        sampling_params: of a host request: None, one dict, or one a prompt.
+
+    Raises:
+        ValueError: naming the number, which the host answers with 400.
+    """
+    for one in sampling_params if isinstance(sampling_params, list) else [sampling_params]:
+        n = one.get("n", 1) if isinstance(one, dict) else 1
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ValueError(f"n must be a whole number of answers, at least 1, got {n!r}.")
+
+
 def check_custom_params(custom_params: Mapping[str, Any] | None) -> None:
     """Refuse what only the plug-in may put there.
 

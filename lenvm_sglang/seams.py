@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import pkgutil
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from lenvm_sglang.settings import Settings, StartError
 
 logger = logging.getLogger(__name__)
 
+Hook = tuple[str, str, Callable[..., Any]]
+"""(target, kind, hook)."""
 SUPPORTED_HOSTS = ("0.5.23",)
 """SGLang versions whose private functions below were read and tested."""
 
@@ -43,6 +46,7 @@ class Process:
         metrics: of the front end's process, with `--enable-metrics`.
         longest: in a front end's process, most tokens of prompt and completion together.
         think_tags: of the base model, where a reasoning parser names them.
+        hooks: those installed in this process; None before that.
     """
 
     settings: Settings | None = None
@@ -52,6 +56,7 @@ class Process:
     metrics: RequestMetrics | None = None
     longest: int = 0
     think_tags: ThinkTags | None = None
+    hooks: tuple[Hook, ...] | None = None
 
     @property
     def served(self) -> bool:
@@ -207,6 +212,8 @@ async def generate_request(
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     if isinstance(obj, GenerateReqInput):
+        if process.served:
+            admission.check_answer_count(obj.sampling_params)
         admission.lift_engine_fields(obj, process.served)
     async with aclosing(original(self, obj, request)) as outputs:
         async for out in outputs:
@@ -483,16 +490,17 @@ _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager."
 _POOL = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator."
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner."
 
-HOOKS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+FRONT_END_HOOKS: tuple[Hook, ...] = (
     ("sglang.srt.server_args.ServerArgs.add_cli_args", "AFTER", add_cli_args),
     ("sglang.srt.server_args.ServerArgs.from_cli_args", "AFTER", from_cli_args),
     ("sglang.srt.entrypoints.engine.Engine._launch_subprocesses", "AROUND", launch_subprocesses),
     ("sglang.srt.entrypoints.http_server._setup_and_run_http_server", "AROUND", setup_http),
-    ("sglang.srt.sampling.sampling_params.SamplingParams.verify", "AFTER", verify_sampling_params),
     (_TOKENIZER + "_validate_one_request", "AROUND", validate_request),
     (_TOKENIZER + "generate_request", "AROUND", generate_request),
     (_TOKENIZER + "update_request_meta_info", "AROUND", update_meta_info),
     (_TOKENIZER + "_send_one_request", "BEFORE", send_one_request),
+)
+SCHEDULER_HOOKS: tuple[Hook, ...] = (
     (_SCHEDULER + "maybe_init_draft_worker", "AFTER", load_value_model),
     (_POOL + "_compute_cell_size", "AFTER", add_cell_size),
     (_POOL + "__init__", "AFTER", add_scratch),
@@ -513,11 +521,31 @@ HOOKS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("sglang.srt.layers.sampler.Sampler._preprocess_logits", "AFTER", preprocess_logits),
     ("sglang.srt.layers.logprob_processor.OutputLogprobProcessor.compute_logprobs", "BEFORE", compute_logprobs),
 )
-"""(target, kind, hook): all that is taken hold of."""
+HOOKS: tuple[Hook, ...] = (
+    *FRONT_END_HOOKS,
+    ("sglang.srt.sampling.sampling_params.SamplingParams.verify", "AFTER", verify_sampling_params),
+    *SCHEDULER_HOOKS,
+)
+"""All that is taken hold of, in the order of the host's start; `verify_sampling_params` is wanted in both processes."""
+
+
+def hooks_here() -> tuple[Hook, ...]:
+    """The hooks of this process's part of the host.
+
+    SGLang loads plug-ins in every process it starts. Resolving a target imports its module with all it needs, which
+    takes seconds and hundreds of MB where the module belongs to another process. Which part this is can be told by what
+    is imported when plug-ins are loaded: a launcher (also `Engine` in somebody's own process) has everything or nothing
+    yet, a detokenizer has no scheduler, a scheduler or data-parallel controller has no engine.
+    """
+    if "sglang.srt.entrypoints.engine" in sys.modules:
+        return HOOKS
+    if "sglang.srt.managers.scheduler" in sys.modules:
+        return tuple(hook for hook in HOOKS if hook not in FRONT_END_HOOKS)
+    return () if "sglang.srt.managers.detokenizer_manager" in sys.modules else HOOKS
 
 
 def install() -> None:
-    """Register every hook, after checking that this host has what they take hold of.
+    """Register the hooks of this process, after checking that this host has what they take hold of.
 
     Raises:
         SeamError: unknown version, or a missing target.
@@ -530,7 +558,8 @@ def install() -> None:
             f"lenvm_sglang works with SGLang {', '.join(SUPPORTED_HOSTS)}, this is {sglang.__version__}; install one "
             "of those, or set LENVM_SGLANG_DISABLE=1 to serve without length control."
         )
-    for target, kind, hook in HOOKS:
+    process.hooks = hooks_here()
+    for target, kind, hook in process.hooks:
         try:
             pkgutil.resolve_name(target)
         except (ImportError, AttributeError) as error:
@@ -538,18 +567,20 @@ def install() -> None:
                 f"SGLang {sglang.__version__} has no {target} ({error}); lenvm_sglang cannot hook it."
             ) from error
         HookRegistry.register(target, hook, HookType[kind])
-    from sglang.srt.entrypoints.engine import Engine
+    if any(hook is launch_subprocesses for _, _, hook in process.hooks):
+        from sglang.srt.entrypoints.engine import Engine
 
-    Engine.server_args_class = staticmethod(build_server_args)
+        Engine.server_args_class = staticmethod(build_server_args)
 
 
 def verify() -> None:
-    """Check that every hook is in place.
+    """Check that every hook of this process is in place.
 
     Raises:
         SeamError: naming the ones that are not.
     """
-    missing = [target for target, _, hook in HOOKS if not _wraps(pkgutil.resolve_name(target), hook)]
+    hooks = HOOKS if process.hooks is None else process.hooks
+    missing = [target for target, _, hook in hooks if not _wraps(pkgutil.resolve_name(target), hook)]
     if missing:
         raise SeamError(f"these hooks did not take, so the server would ignore length fields: {', '.join(missing)}.")
 

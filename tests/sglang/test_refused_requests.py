@@ -79,10 +79,12 @@ def with_fields(route: str, fields: dict[str, Any], stream: bool) -> dict[str, A
         ("/generate", {"input_ids": []}, ""),
         ("/v1/completions", {"model": "m", "prompt": "hello", "stop_regex": "[a"}, "stop_regex"),
         ("/generate", {"text": "hello", "sampling_params": {"stop_regex": ["b", "(a"]}}, "stop_regex"),
+        ("/v1/completions", {"model": "m", "prompt": ["hello", "you"], "n": 0}, "n must be a whole number"),
+        ("/generate", {"text": "hello", "sampling_params": {"n": None}}, "n must be a whole number"),
     ],
 )
 def test_what_would_end_the_host(guided: Server, route: str, body: dict[str, Any], said: str) -> None:
-    """The host itself looks token ids up unchecked, which ends it, and answers a bad expression with a 500."""
+    """The host itself looks token ids up unchecked, which ends it, and answers a bad expression or `n` with a 500."""
     response = guided.post(route, body)
     assert response.status_code == 400, response.text
     assert said in response.text

@@ -116,10 +116,30 @@ def test_host_version_and_missing_seam(monkeypatch: pytest.MonkeyPatch) -> None:
         seams.install()
 
 
+@pytest.mark.parametrize(
+    ("part", "fronts", "schedulers"),
+    [
+        ("sglang.srt.entrypoints.engine", True, True),
+        ("sglang.srt.managers.scheduler", False, True),
+        ("sglang.srt.managers.detokenizer_manager", False, False),
+        ("sglang", True, True),  # `sglang serve` loads plug-ins before anything else
+    ],
+)
+def test_each_process_gets_its_own_hooks(
+    monkeypatch: pytest.MonkeyPatch, part: str, fronts: bool, schedulers: bool
+) -> None:
+    from lenvm_sglang import seams
+
+    monkeypatch.setattr(seams, "sys", SimpleNamespace(modules={part: None}))
+    hooks = set(seams.hooks_here())
+    assert set(seams.FRONT_END_HOOKS) <= hooks if fronts else not hooks & set(seams.FRONT_END_HOOKS)
+    assert set(seams.SCHEDULER_HOOKS) <= hooks if schedulers else not hooks & set(seams.SCHEDULER_HOOKS)
+
+
 def test_a_hook_that_did_not_take_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from lenvm_sglang import seams
 
-    monkeypatch.setattr(seams, "HOOKS", (("sglang.srt.server_args.ServerArgs.url", "AFTER", print),))
+    monkeypatch.setattr(seams.process, "hooks", (("sglang.srt.server_args.ServerArgs.url", "AFTER", print),))
     with pytest.raises(seams.SeamError, match=r"ServerArgs\.url"):
         seams.verify()
 

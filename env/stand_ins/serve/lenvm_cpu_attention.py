@@ -10,6 +10,7 @@ does nothing under a CUDA torch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,8 @@ def register() -> None:
     """Called by SGLang when it loads its plug-ins."""
     if torch.version.cuda is not None:
         return
+    if "sglang.srt.managers.detokenizer_manager" in sys.modules and "sglang.srt.managers.scheduler" not in sys.modules:
+        return  # a detokenizer has no attention, and resolving the target would import it
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(TARGET, decode, HookType.AROUND)
