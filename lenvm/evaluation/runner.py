@@ -130,9 +130,10 @@ async def _ask(
             lambda done, total: notify("asking", done, total),
         )
         speeds = _stored(paths.out / "speed.json", Speed)
-        if speed and (speeds is None or speeds.concurrency != in_flight(settings.concurrency)):
+        concurrency = in_flight(settings.concurrency, len(data.prompts))
+        if speed and (speeds is None or speeds.concurrency != concurrency):
             notify("measuring speed", 0, 1)
-            speeds = speed_summary(await measure_speed(asker, data.prompts), in_flight(settings.concurrency))
+            speeds = speed_summary(await measure_speed(asker, data.prompts), concurrency)
             _store(paths.out / "speed.json", speeds)
             notify("measuring speed", 1, 1)
         return _Asked(answers, parameters, await asker.info() or {}, speeds, example)

@@ -12,11 +12,18 @@ from lenvm.evaluation.plan import POSTERIOR, Request, natural_median, stable_see
 
 REQUESTS = 96
 """Most requests of a block: what a minute on a CPU allows."""
+REPEATS = 4
+"""How often a block asks a prompt at most; oftener, and it would time the prefix cache."""
 
 
-def in_flight(concurrency: int) -> int:
+def block_size(concurrency: int, prompts: int) -> int:
+    """Requests of a block: two for each in flight, within the limits."""
+    return min(2 * concurrency, REQUESTS, REPEATS * prompts)
+
+
+def in_flight(concurrency: int, prompts: int) -> int:
     """How many requests a block really has in flight at a wanted concurrency."""
-    return min(concurrency, REQUESTS)
+    return min(concurrency, block_size(concurrency, prompts))
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,13 @@ async def measure_speed(
         asker: an entered Asker.
         prompts: taken in turn.
         rounds: blocks of each kind.
-        requests: requests a block; default: two for each in flight, at most REQUESTS.
+        requests: requests a block; default: `block_size`.
         seed: of the sampling.
 
     Returns:
         2 * rounds blocks in the order in which they ran.
     """
-    requests = requests or min(REQUESTS, 2 * asker.settings.concurrency)
+    requests = requests or block_size(asker.settings.concurrency, len(prompts))
     chosen = [prompts[i % len(prompts)] for i in range(requests)]
     for guided in (False, True):
         await _block(asker, chosen[: asker.settings.concurrency], guided, "warm-up", seed)

@@ -14,6 +14,7 @@ from openai import OpenAI
 
 from lenvm.pipeline.recipe import Server
 from lenvm.pipeline.server import SglangServer
+from tests.hosts import few_models
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN_PYTHON = Path(os.environ.get("LENVM_TRAIN_PYTHON", Path(sys.prefix).parent / "train" / "bin" / "python"))
@@ -28,7 +29,7 @@ SMALL = (
     "sampling.test={n: 8, limit: 8}",
     "lenvm.overrides={num_train_epochs: 1.0}",
     "evaluation.max_prompts=8",
-    "evaluation.concurrency=16",  # of the speed blocks too
+    "evaluation.concurrency=48",
     "evaluation.targets=1",
     "evaluation.bound_targets=1",
     "evaluation.median_samples=1",
@@ -71,6 +72,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Run:
     done = pipeline(folder)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return Run(folder, done.stdout)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_models() -> Iterator[None]:
+    """Of every server that these tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in few_models().items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from lenvm.pipeline.server import free_port
+from tests.hosts import few_models
 from tests.sglang.models import CONTEXT, FAMILIES, make_pair
 from tests.sglang.reference import Reference
 
@@ -34,7 +35,8 @@ COMMON = (
 
 def environment(**extra: str) -> dict[str, str]:
     """Of a server process."""
-    return {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+    own = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **few_models(), **own, **extra}
 
 
 @dataclass
