@@ -31,8 +31,14 @@ CPU_ENV = {
     "MALLOC_TRIM_THRESHOLD_": "10000000000",
     "MALLOC_TOP_PAD_": "500000000",
 }
-# one thread a process: tiny matrices do not gain from more, and several processes share the cores
-CPU_SERVER_ENV = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", **CPU_ENV}
+CPU_SERVER_ENV = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    # one thread a process: tiny matrices do not gain from more, and several processes share the cores
+    "OMP_NUM_THREADS": "1",
+    # nothing is compiled on this route, and importing the compiler takes some two seconds of each of three processes
+    "TORCHDYNAMO_DISABLE": "1",
+    **CPU_ENV,
+}
 
 
 def has_gpu() -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lenvm.pipeline.server import free_port
+from lenvm.pipeline.server import CPU_SERVER_ENV, free_port
 from tests.hosts import few_models
 from tests.sglang.models import CONTEXT, FAMILIES, make_pair
 from tests.sglang.reference import Reference
@@ -35,8 +35,7 @@ COMMON = (
 
 def environment(**extra: str) -> dict[str, str]:
     """Of a server process."""
-    own = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return {**os.environ, **few_models(), **own, **extra}
+    return {**os.environ, **CPU_SERVER_ENV, **few_models(), "PYTHONPATH": str(ROOT), **extra}
 
 
 @dataclass
