@@ -22,7 +22,7 @@ TRAIN_PYTHON = Path(os.environ.get("LENVM_TRAIN_PYTHON", Path(sys.prefix).parent
 # Small enough for a test, large enough that the base model ends its answers and the LenVM has something to learn.
 SMALL = (
     "prepare.args=[--documents, '10000']",
-    "base.train.overrides={max_steps: 130}",
+    "base.train.overrides={max_steps: 130, max_samples: 2200}",  # as many as 130 steps read
     "sampling.max_tokens=128",
     "sampling.train={n: 4, limit: 80}",
     "sampling.val={n: 4, limit: 16}",

@@ -1,6 +1,6 @@
 """Real SGLang servers over tiny models: one with a LenVM, one under stress (forced retraction, other backbones, a value
 head only, thinking, an API key), one without a LenVM; all prefill in chunks of 16 tokens. They start together when the
-first test asks for one, and end with the session."""
+first test asks for one, and end with the session. The one without a LenVM is forked (`tests.sglang.forked`)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import pytest
 from lenvm.pipeline.server import CPU_SERVER_ENV, free_port
 from tests.hosts import few_models
 from tests.sglang.models import CONTEXT, FAMILIES, make_pair
+from tests.sglang.plugins import install
 from tests.sglang.reference import Reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,9 +90,11 @@ class Server:
 
 
 def start(log: Path, base: Path, *flags: str, launcher: tuple[str, ...] = ("-m", "sglang.launch_server"),
-          **extra: str) -> Server:  # fmt: skip
-    """Start a server in a process group of its own."""
+          plugins: tuple[str, ...] = (), **extra: str) -> Server:  # fmt: skip
+    """Start a server in a process group of its own, with plug-ins of the tests beside ours."""
     port = free_port()
+    if plugins:
+        extra["PYTHONPATH"] = f"{ROOT}:{install(log.with_suffix('.plugins'), *plugins)}"
     command = [sys.executable, *launcher, "--model-path", str(base), *COMMON, "--port", str(port), *flags]
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -136,7 +139,7 @@ def _servers(pair: Path, mixed_pair: Path, tmp_path_factory: pytest.TempPathFact
             launcher=("-c", "from sglang.cli.main import main; main()", "serve"),
             SGLANG_TEST_RETRACT="1",
         ),
-        "plain": start(logs / "plain", pair / "base", *chunks, metrics),
+        "plain": start(logs / "plain", pair / "base", *chunks, metrics, plugins=("forked",)),
     }
     try:
         yield servers

@@ -277,7 +277,7 @@ class Reference:
 
 
 class LookaheadReference(Reference):
-    """The same rules where a lookahead head scores the candidates, one after the other.
+    """The same rules where a lookahead head scores the candidates.
 
     Args:
         head: directory of an attached checkpoint, or of a LenVM with a lookahead head.
@@ -297,12 +297,12 @@ class LookaheadReference(Reference):
 
     @torch.no_grad()
     def states(self, sequences: list[list[int]]) -> list[tuple[float | None, list[float]]]:
-        """z and P(n) of the states after the last token, from the states before it; z is that of P(n)."""
-        hidden = self.backbone(torch.tensor(sequences)[:, :-1]).last_hidden_state[:, -1]
+        """z and P(n) of the states after the last token, from the one state before it; z is that of P(n)."""
+        (prefix,) = {tuple(ids[:-1]) for ids in sequences}
+        state = self.backbone(torch.tensor([prefix])).last_hidden_state[0, -1]
+        log_q = self.value.lookahead(state[None], torch.tensor([[ids[-1] for ids in sequences]]))[0]
         found = []
-        for state, ids in zip(hidden, sequences, strict=True):
-            log_q = self.value.lookahead(state[None], torch.tensor([[ids[-1]]]))[0, 0]
-            pmf = (log_q.double().exp() @ self.decode).tolist()
+        for pmf in (log_q.double().exp() @ self.decode).tolist():
             rest = sum(p * self.gamma**n for n, p in enumerate(pmf))
             found.append((math.log((1 - rest) / rest), pmf))
         return found

@@ -38,7 +38,7 @@ def servers(
     logs = tmp_path_factory.mktemp("logs")
     started = {
         kind: start(logs / kind, pair / "base", "--lenvm-model", str(head), "--chunked-prefill-size", "16",
-                    SGLANG_TEST_RETRACT="1")
+                    plugins=("forked",), SGLANG_TEST_RETRACT="1")
         for kind, (pair, head) in heads.items()
     }  # fmt: skip
     try:

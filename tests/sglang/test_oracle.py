@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.sglang import faults
-from tests.sglang.conftest import ROOT, Server, start
+from tests.sglang.conftest import Server, start
 from tests.sglang.oracle import LONGEST, make_oracle_pair, remaining, token
 
 pytestmark = pytest.mark.slow
@@ -25,11 +25,8 @@ PROMPT = [200, 201, 202]
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("oracle")
     pair = make_oracle_pair(home / "pair")
-    plugin = faults.install_into(home / "plugin")
-    server = start(
-        home / "log", pair / "base", "--lenvm-model", str(pair / "lenvm"), "--enable-metrics",
-        PYTHONPATH=f"{ROOT}:{plugin}",
-    )  # fmt: skip
+    flags = ("--lenvm-model", str(pair / "lenvm"), "--enable-metrics")
+    server = start(home / "log", pair / "base", *flags, plugins=("faults", "forked"))
     try:
         yield server.wait()
     finally:
