@@ -122,6 +122,9 @@ def test_command(page: str, command: str, demo: Run, server: SglangServer, tmp_p
             reply = run("curl", *(word.replace("http://127.0.0.1:8000", server.url) for word in rest))
             assert '"error"' not in reply, reply
             assert any(mark in reply for mark in ('"lenvm"', '"lenvm.prediction"', '"lenvm.values"', '"gamma"')), reply
+        case ["lm_eval", *_]:
+            out = run(sys.executable, "-m", *local(words, demo, server, tmp_path), "--limit", "2", "--gen_kwargs", "max_gen_toks=40")
+            assert re.search(r"at_most_32 .*\|right\|", out.replace(" ", "")) or "right" in out, out
         case ["lenvm", "pipeline", verb, recipe, *_]:
             assert verb in ("run", "serve")  # both run in this folder, on a small scale: fixtures `demo` and `served`
             assert (REPOSITORY / recipe).is_file()
