@@ -76,3 +76,11 @@ def inspect(
         "lenvm": block.to_json(),
     }
     console.print_json(json.dumps(shown))
+
+
+@main.command()
+def harness() -> None:
+    """Print the folder of the tasks for lm-evaluation-harness, for its --include_path."""
+    from lenvm.harness import FOLDER
+
+    typer.echo(FOLDER)

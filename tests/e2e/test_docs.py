@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -71,7 +72,12 @@ def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> li
         "lifebench.jsonl": str(folder / "lifebench.jsonl"),
         "gsm8k_test.jsonl": str(folder / "gsm8k_test.jsonl"),
     }
-    if words[1:2] == ["eval"]:
+    if words[0] == "lm_eval":
+        asked = words.index("--model_args") + 1
+        words[asked] = words[asked].replace("http://127.0.0.1:8000", server.url)
+        places["$(lenvm harness)"] = lenvm("harness").strip()
+        places['{"gsm8k": "gsm8k_test.jsonl"}'] = json.dumps({"gsm8k": places["gsm8k_test.jsonl"]})
+    if words[1:2] == ["eval"] or words[0] == "lm_eval":
         item = {"category": "qa", "lang": "en", "task": "Say. It must be {word_count_type} {word_count} words long."}
         (folder / "lifebench.jsonl").write_text("".join(json.dumps({"id": i, **item}) + "\n" for i in range(2)))
         problem = {"question": "1 + 1?", "answer": "#### 2"}
@@ -122,6 +128,11 @@ def test_command(page: str, command: str, demo: Run, server: SglangServer, tmp_p
             reply = run("curl", *(word.replace("http://127.0.0.1:8000", server.url) for word in rest))
             assert '"error"' not in reply, reply
             assert any(mark in reply for mark in ('"lenvm"', '"lenvm.prediction"', '"lenvm.values"', '"gamma"')), reply
+        case ["lm_eval", *_]:
+            small = ("--limit", "2", "--gen_kwargs", "max_gen_toks=40")
+            table = run(sys.executable, "-m", *local(words, demo, server, tmp_path), *small)
+            for target in (32, 1024):
+                assert re.search(rf"at_most_{target}\s*\|.*\|right\s*\|", table), table
         case ["lenvm", "pipeline", verb, recipe, *_]:
             assert verb in ("run", "serve")  # both run in this folder, on a small scale: fixtures `demo` and `served`
             assert (REPOSITORY / recipe).is_file()
