@@ -22,11 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Suite(NamedTuple):
-    """One run of pytest: in which environment, over which folders of `tests/` and which further files."""
+    """One run of pytest: in which environment, over which folders of `tests/` and which further files, and how nicely:
+    suites that take turns with their servers are slow alone, so the others leave them the cores."""
 
     environment: str
     folders: tuple[str, ...]
     files: tuple[str, ...] = ()
+    nice: int = 0
 
     @property
     def paths(self) -> list[str]:
@@ -37,13 +39,14 @@ class Suite(NamedTuple):
 # They run side by side, _AT_ONCE of them.
 SUITES = {
     "sglang": Suite("serve", ("sglang",)),
-    "e2e": Suite("serve", ("e2e",)),
-    "train": Suite("train", ("env", "core", "lf", "demo")),
+    "e2e": Suite("serve", ("e2e",), nice=2),
+    "train": Suite("train", ("env", "core", "lf", "demo"), nice=4),
     # The core is tested in full under the older transformers (train), and what depends on it under the newer too.
     "serve": Suite(
         "serve",
         ("env", "eval", "report", "sampling", "pipeline", "kernels"),
         ("tests/core/test_modeling.py", "tests/core/test_convert.py"),
+        nice=4,
     ),
 }
 # All of them, also on two cores: each waits for servers and single processes a good part of its time.
@@ -75,8 +78,8 @@ def unassigned_folders(tests: Path) -> list[str]:
     return sorted({p.relative_to(tests).parts[0] for p in tests.rglob("test_*.py")} - known)
 
 
-def run(python: Path, arguments: list[str], output: IO[bytes] | None = None) -> tuple[int, float]:
-    """Run the interpreter of an environment in the checkout, its output going to a file or to ours.
+def run(python: Path, arguments: list[str], output: IO[bytes] | None = None, nice: int = 0) -> tuple[int, float]:
+    """Run the interpreter of an environment in the checkout, `nice` to others, its output going to a file or to ours.
 
     Returns (status, seconds).
     """
@@ -84,7 +87,7 @@ def run(python: Path, arguments: list[str], output: IO[bytes] | None = None) -> 
     # Tiny models gain nothing from threads, and two busy pools on few cores lose a lot.
     environment.setdefault("OMP_NUM_THREADS", "1")
     began = time.monotonic()
-    command = [str(python), *arguments]
+    command = ["nice", "-n", str(nice), str(python), *arguments]
     error = subprocess.STDOUT if output else None
     status = subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=output, stderr=error).returncode
     return status, time.monotonic() - began
@@ -118,7 +121,9 @@ def run_suite(name: str, fast: bool) -> Result:
         if fast:
             arguments += ["-m", "not slow"]
         with printed.open("wb") as output:
-            status, seconds = run(environments_home() / suite.environment / "bin" / "python", arguments, output)
+            status, seconds = run(
+                environments_home() / suite.environment / "bin" / "python", arguments, output, suite.nice
+            )
         n = counts(report)
         text = printed.read_text(errors="replace")
     print(f"\n== tests, {name} ({suite.environment} environment): {' '.join(suite.paths)}\n{text}", flush=True)
