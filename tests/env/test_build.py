@@ -281,7 +281,7 @@ def test_a_suite_without_tests_has_failed(
     passed: bool,
     detail: str,
 ) -> None:
-    def run(python: Path, arguments: list[str], output: IO[bytes]) -> tuple[int, float]:
+    def run(python: Path, arguments: list[str], output: IO[bytes], nice: int) -> tuple[int, float]:
         output.write(b"what pytest printed")
         (junit,) = [a.partition("=")[2] for a in arguments if a.startswith("--junitxml")]
         if report is not None:
