@@ -91,8 +91,9 @@ def launch_subprocesses(original: Callable[..., Any], cls: type, server_args: An
     process.settings = settings.settings_of(server_args)
     if process.settings is not None:
         try:
+            verify()
             check_start(server_args, process.settings)
-        except StartError as error:
+        except (StartError, SeamError) as error:
             if process.command_line:
                 raise SystemExit(f"lenvm: {error}") from None
             raise
@@ -532,9 +533,9 @@ HOOKS: tuple[Hook, ...] = (
 def hooks_here() -> tuple[Hook, ...]:
     """The hooks of this process's part of the host.
 
-    SGLang loads plug-ins in every process it starts. Resolving a target imports its module with all it needs, which
-    takes seconds and hundreds of MB where the module belongs to another process. Which part this is can be told by what
-    is imported when plug-ins are loaded: a launcher (also `Engine` in somebody's own process) has everything or nothing
+    SGLang loads plug-ins in every process it starts. Resolving a target imports its module with all it needs, for
+    nothing where the module belongs to another process. Which part this is can be told by what is imported when
+    plug-ins are loaded: a launcher (also `Engine` in somebody's own process) has everything or nothing
     yet, a detokenizer has no scheduler, a scheduler or data-parallel controller has no engine.
     """
     if "sglang.srt.entrypoints.engine" in sys.modules:
