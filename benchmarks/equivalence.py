@@ -2,9 +2,9 @@
 """Does every way of launching a training do the same steps? One table of losses and gradient norms.
 
 A tiny Qwen2 under `stage: lenvm`, the same data, order and learning rate, launched as: one process that accumulates
-two micro-batches; two ranks of DDP, FSDP2, ZeRO-2, ZeRO-3 (gloo, no GPU needed). Each is a real
+two micro-batches; two ranks of DDP, FSDP2, ZeRO-2, ZeRO-3, two workers of Ray (gloo, no GPU needed). Each is a real
 `llamafactory-cli train`. Printed: every step of every launch, the largest relative difference to one process, and that
-of the final weights. ZeRO needs `deepspeed` in the environment.
+of the final weights. ZeRO needs `deepspeed` in the environment, Ray `ray`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import csv
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
@@ -57,7 +60,27 @@ LAUNCHES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "ZeRO-2, 2 ranks": ({"ddp_backend": "gloo", "deepspeed": zero(2)}, RANKS),
     "ZeRO-3, 2 ranks": ({"ddp_backend": "gloo", "deepspeed": zero(3), "use_cpu": False}, RANKS),
+    "Ray, 2 workers": (
+        {
+            "ddp_backend": "gloo",
+            "ray_num_workers": 2,
+            "ray_init_kwargs": {"num_cpus": 20, "include_dashboard": False, "_node_ip_address": "127.0.0.1"},
+            "master_addr": "127.0.0.1",
+        },
+        {"USE_RAY": "1"},
+    ),
 }
+NEEDS = {"ZeRO-2, 2 ranks": "deepspeed", "ZeRO-3, 2 ranks": "deepspeed", "Ray, 2 workers": "ray"}
+# A worker reserves ten CPUs, and without accelerators LlamaFactory reserves one worker for every CPU of the cluster,
+# which no cluster has: it would wait for ever. Two workers are reserved here instead; all else is its own.
+RAY_ON_CPUS = """
+import sys
+from llamafactory.train import tuner
+from ray.util.placement_group import placement_group
+tuner.get_placement_group = lambda devices: (placement_group([{"CPU": 10}] * 2), {"CPU": 10})
+sys.argv = ["llamafactory-cli", sys.argv[1]]
+tuner.run_exp()
+"""
 
 
 def launch(world: World, name: str, steps: int) -> Path:
@@ -70,7 +93,19 @@ def launch(world: World, name: str, steps: int) -> Path:
     output = world.root / name.partition(",")[0].replace(" ", "_")
     settings = world.settings(output, per_device_train_batch_size=6, max_steps=steps, learning_rate=1e-3, **changes)
     env = env | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = world.run(settings, env=env)
+    if "USE_RAY" in env:
+        file = world.root / "ray.yaml"
+        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-c", RAY_ON_CPUS, str(file)],
+            env={**base_env(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(world.sites["pth"])]), **env},
+            cwd=world.root,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+    else:
+        done = world.run(settings, env=env)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
     return output
@@ -92,7 +127,6 @@ def main() -> None:
     options = parser.parse_args()
     for key, value in base_env().items():
         os.environ[key] = value
-    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
     names = [n for i, n in enumerate(LAUNCHES) if not i or not options.only or n.split()[0].strip(",") in options.only]
     runs: dict[str, Path] = {}
     failed: list[str] = []
@@ -100,8 +134,8 @@ def main() -> None:
         sites = {"pth": make_site(Path(folder) / "site_pth", ""), "none": Path(folder)}
         world = World(Path(folder) / "world", sites)
         for name in names:
-            if "ZeRO" in name and not has_deepspeed:
-                print(f"{name}: left out, deepspeed is not installed", flush=True)
+            if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
+                print(f"{name}: left out, {NEEDS[name]} is not installed", flush=True)
                 continue
             began = time.monotonic()
             try:

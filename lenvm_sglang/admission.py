@@ -78,19 +78,36 @@ def check_stop_regex(stop_regex: str | Sequence[str] | None) -> None:
             raise ValueError(f"stop_regex {pattern!r} is not a regular expression: {error}.") from None
 
 
-def check_answer_count(sampling_params: Any) -> None:
-    """Refuse a number of answers that is none, which the host would answer with a 500.
+def check_sampling_list(sampling_params: Any, prompts: Any) -> Any:
+    """Refuse sampling parameters that do not fit the prompts, or ask for a number of answers that is none: the host would
+    answer with a 500.
 
     Args:
-        sampling_params: of a host request: None, one dict, or one a prompt.
+        sampling_params: of a host request: None, one dict for all prompts, or a list with one for each.
+        prompts: its text or token ids: one prompt, or a list of them. None where it has neither.
+
+    Returns:
+        `sampling_params`; of a list of one for a single prompt what is in it.
 
     Raises:
         ValueError: naming the number, which the host answers with 400.
     """
-    for one in sampling_params if isinstance(sampling_params, list) else [sampling_params]:
+    every = sampling_params if isinstance(sampling_params, list) else [sampling_params]
+    if isinstance(sampling_params, list) and prompts is not None:
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        wanted = 1 if single else len(prompts)
+        if len(every) != wanted:
+            raise ValueError(
+                f"sampling_params is a list of {len(every)} for {wanted} prompt{'s'[: wanted != 1]}; give one object for "
+                "all prompts, or a list with one for each."
+            )
+        if single:
+            sampling_params = every[0]
+    for one in every:
         n = one.get("n", 1) if isinstance(one, dict) else 1
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(f"n must be a whole number of answers, at least 1, got {n!r}.")
+    return sampling_params
 
 
 def check_custom_params(custom_params: Mapping[str, Any] | None) -> None:

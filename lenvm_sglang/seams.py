@@ -214,7 +214,8 @@ async def generate_request(
 
     if isinstance(obj, GenerateReqInput):
         if process.served:
-            admission.check_answer_count(obj.sampling_params)
+            prompts = obj.input_ids if obj.text is None else obj.text
+            obj.sampling_params = admission.check_sampling_list(obj.sampling_params, prompts)
         admission.lift_engine_fields(obj, process.served)
     async with aclosing(original(self, obj, request)) as outputs:
         async for out in outputs:

@@ -81,6 +81,8 @@ def with_fields(route: str, fields: dict[str, Any], stream: bool) -> dict[str, A
         ("/generate", {"text": "hello", "sampling_params": {"stop_regex": ["b", "(a"]}}, "stop_regex"),
         ("/v1/completions", {"model": "m", "prompt": ["hello", "you"], "n": 0}, "n must be a whole number"),
         ("/generate", {"text": "hello", "sampling_params": {"n": None}}, "n must be a whole number"),
+        ("/generate", {"text": "hello", "sampling_params": []}, "sampling_params is a list of 0 for 1 prompt;"),
+        ("/generate", {"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params is a list of 1 for 2 prompts;"),
     ],
 )
 def test_what_would_end_the_host(guided: Server, route: str, body: dict[str, Any], said: str) -> None:
