@@ -4,9 +4,10 @@
 
 Reads a finished demo (`base/`, `samples/`), trains one LenVM for each choice with the demo's own configuration, the
 same number of optimizer steps each, and evaluates it on the same validation completions. Each group changes one thing:
-what the value head predicts, how tokens are weighted, gamma, how many samples a prompt, how many prompts, the order of
-the batches, the precision. Errors are in tokens, at 0 / 25 / 50 / 75 % of the answer (the paper's Figure 6). Runs in
-the train environment; a training that is already there is not repeated.
+what the value head predicts, how tokens are weighted, gamma, how many samples a prompt, how many prompts, how many of
+the base's layers the backbone keeps, the order of the batches, the precision. Errors are in tokens, at 0 / 25 / 50 /
+75 % of the answer (the paper's Figure 6). Runs in the train environment; a training that is already there is not
+repeated.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "samples per prompt": {"all (default)": {}, "4": {"samples": 4}, "2": {"samples": 2}, "1": {"samples": 1}},
     "prompts": {"all (default)": {}, "1/4": {"share": 0.25}, "1/16": {"share": 0.0625}},
+    "layers": {"all (default)": {}, "2": {"layers": 2}, "1": {"layers": 1}},
     "batches": {"shuffled (default)": {}, "by_prompt": {"lenvm_batches": "by_prompt"}},
     "lambda": {"1 (default)": {}, "0.95": {"lenvm_lambda": 0.95}, "0": {"lenvm_lambda": 0.0}},
     "precision": {"float32 (default)": {}, "bfloat16": {"bf16": True}},
@@ -62,6 +64,18 @@ def subset(rows: list[str], samples: int | None, share: float) -> list[str]:
     return [row for name in kept for row in groups[name][:samples]]
 
 
+def shallower(base: Path, layers: int, directory: Path) -> Path:
+    """The first `layers` layers of `base` with all else of it, saved in `directory`."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(base)
+    config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
+    model = AutoModelForCausalLM.from_pretrained(base, config=config)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(base).save_pretrained(directory)
+    return directory
+
+
 def train(settings: dict[str, Any]) -> None:
     """A LlamaFactory training in this process, the state of an earlier one forgotten."""
     from lenvm_lf import _hook
@@ -77,9 +91,9 @@ def train(settings: dict[str, Any]) -> None:
 
 def measure(demo: Path, out: Path, steps: int, changes: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     """Train one choice, unless it is there, and return its evaluation."""
-    samples, share = changes.get("samples"), changes.get("share", 1.0)
-    changes = {key: value for key, value in changes.items() if key not in ("samples", "share")}
-    named = {**changes, "samples": samples, "share": share, "steps": steps, **extra}
+    samples, share, layers = changes.get("samples"), changes.get("share", 1.0), changes.get("layers")
+    changes = {key: value for key, value in changes.items() if key not in ("samples", "share", "layers")}
+    named = {**changes, "samples": samples, "share": share, "layers": layers, "steps": steps, **extra}
     name = "_".join(
         f"{key.removeprefix('lenvm_')}-{value}" for key, value in sorted(named.items()) if value is not None
     )
@@ -96,7 +110,7 @@ def measure(demo: Path, out: Path, steps: int, changes: dict[str, Any], extra: d
         (run / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
         settings = yaml.safe_load((HERE / "train_lenvm.yaml").read_text(encoding="utf-8"))
         settings |= {
-            "model_name_or_path": str(demo / "base"),
+            "model_name_or_path": str(shallower(demo / "base", layers, run / "backbone") if layers else demo / "base"),
             "dataset_dir": str(run),
             "output_dir": str(run),
             "max_steps": steps,
