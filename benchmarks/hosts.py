@@ -12,7 +12,6 @@ models on the CPU. Settings that are refused at start say so in their row.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -24,10 +23,7 @@ from typing import Any, NamedTuple
 # not this folder: its kernels.py would stand for the package of that name, which transformers looks for
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-
+from tests.sglang.adapters import make_adapter
 from tests.sglang.conftest import Server, start
 from tests.sglang.models import FAMILIES, make_pair, prompts
 from tests.sglang.reference import Reference
@@ -62,27 +58,6 @@ SETTINGS = {
 }
 
 
-def make_adapter(base: Path, directory: Path) -> Path:
-    """A LoRA adapter of the base model that changes its answers, and the base model with it merged in."""
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    rank, scale, tensors = 4, 2.0, {}
-    for name, module in model.named_modules():
-        if name.endswith(("q_proj", "v_proj")):
-            a = torch.randn(rank, module.in_features) * 0.2
-            b = torch.randn(module.out_features, rank) * 0.2
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b
-            module.weight.data += scale * b @ a
-    model.save_pretrained(directory / "merged")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": scale * rank, "target_modules": ["q_proj", "v_proj"],
-              "bias": "none", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}  # fmt: skip
-    (directory / "adapter").mkdir()
-    (directory / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, directory / "adapter" / "adapter_model.safetensors")
-    return directory
-
-
 def ask(server: Server, asked: list[Any], **body: Any) -> list[dict[str, Any]]:
     """All at once."""
 
@@ -105,7 +80,7 @@ def row(name: str, setting: Setting, home: Path, pairs: Callable[[int], tuple[Pa
         reference = Reference(pair, base=folder / "merged")
     began = time.perf_counter()
     server = start(home / f"{name}.log", pair / "base", "--lenvm-model", str(pair / "lenvm"), *flags,
-                   **dict(setting.environment))  # fmt: skip
+                   plugins=("unpinned",) if setting.adapter else (), **dict(setting.environment))  # fmt: skip
     try:
         server.wait()
     except AssertionError:

@@ -79,8 +79,8 @@ def check_stop_regex(stop_regex: str | Sequence[str] | None) -> None:
 
 
 def check_sampling_list(sampling_params: Any, prompts: Any) -> Any:
-    """Refuse sampling parameters that do not fit the prompts, or ask for a number of answers that is none: the host would
-    answer with a 500.
+    """Refuse sampling parameters that do not fit the prompts, or ask for a number of answers that is none: the host
+    would answer with a 500.
 
     Args:
         sampling_params: of a host request: None, one dict for all prompts, or a list with one for each.
@@ -98,8 +98,8 @@ def check_sampling_list(sampling_params: Any, prompts: Any) -> Any:
         wanted = 1 if single else len(prompts)
         if len(every) != wanted:
             raise ValueError(
-                f"sampling_params is a list of {len(every)} for {wanted} prompt{'s'[: wanted != 1]}; give one object for "
-                "all prompts, or a list with one for each."
+                f"sampling_params is a list of {len(every)} for {wanted} prompt{'s'[: wanted != 1]}; give one object "
+                "for all prompts, or a list with one for each."
             )
         if single:
             sampling_params = every[0]

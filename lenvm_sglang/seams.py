@@ -129,6 +129,7 @@ def check_start(server_args: Any, ours: Settings) -> None:
         raise StartError("--lenvm-model does not serve multimodal base models yet; serve a text model.")
     tokenizer = resolved.tokenizer_path or resolved.model_path
     if settings.is_attached(ours):
+        settings.refuse_adapters(resolved)
         settings.check_attached(ours, tokenizer, resolved.model_path)
         return
     settings.check_checkpoint(ours, tokenizer, base.context_len)

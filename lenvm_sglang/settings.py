@@ -154,7 +154,6 @@ REFUSALS = (
     _Refusal("elastic_ep_backend", (None,), "drop --elastic-ep-backend"),
     _Refusal("enable_session_radix_cache", (False,), "drop --enable-session-radix-cache"),
     _Refusal("enable_streaming_session", (False,), "drop --enable-streaming-session"),
-    _Refusal("enable_lora", (None, False), "merge the adapter into the base model"),
     _Refusal("tokenizer_worker_num", (1,), "run with --tokenizer-worker-num 1"),
     _Refusal("enable_memory_saver", (False,), "drop --enable-memory-saver"),
     _Refusal("skip_tokenizer_init", (False,), "drop --skip-tokenizer-init"),
@@ -168,6 +167,19 @@ REFUSALS = (
     _Refusal("rl_on_policy_target", (None,), "drop --rl-on-policy-target"),
 )
 """Settings that are refused until they are built and tested."""
+
+
+def refuse_adapters(resolved: Any) -> None:
+    """An attached head reads the base model's own hidden state.
+
+    Raises:
+        StartError: LoRA is on, whose adapters change that state.
+    """
+    if resolved.enable_lora:
+        raise StartError(
+            "an attached length value model reads the base model's hidden states, which LoRA adapters change; merge "
+            "the adapter into the base model and distil a head for it, or serve a length value model of its own."
+        )
 
 
 def refuse_settings(resolved: Any) -> None:

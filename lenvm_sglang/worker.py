@@ -55,7 +55,6 @@ class ValueWorker:
     ahead: LastStates | None = None
 
     def __init__(self, scheduler: Any, settings: Settings) -> None:
-        from sglang.srt.configs.model_config import ModelConfig
         from sglang.srt.model_executor.model_runner import ModelRunner
         from sglang.srt.runtime_context import get_device, get_schedule
 
@@ -63,15 +62,8 @@ class ValueWorker:
         self.lenvm: LenvmConfig = read_lenvm_config(settings.model)
         self.base = scheduler.tp_worker.model_runner
         register_architecture(architecture_of(settings.model))
-        config = ModelConfig.from_server_args(
-            scheduler.server_args,
-            model_path=settings.model,
-            model_revision=None,
-            is_draft_model=True,
-            context_length=self.base.model_config.context_len,
-        )
         self.runner = ModelRunner(
-            model_config=config,
+            model_config=value_config(settings, scheduler.server_args, self.base.model_config.context_len),
             mem_fraction_static=get_schedule().mem_fraction_static,
             gpu_id=get_device().gpu_id,
             nccl_port=scheduler.nccl_port,
@@ -321,6 +313,27 @@ class ValueWorker:
 
         with forward_context(ForwardContext(attn_backend=backend)):
             return self.runner.model.forward(batch.input_ids, batch.positions, batch)
+
+
+def value_config(settings: Settings, server_args: Any, context_length: int) -> Any:
+    """The host's ModelConfig of the value model.
+
+    Its checkpoint says how it is stored: the base model's `--quantization`, which the host hands on to draft models,
+    its config overrides and `--trust-remote-code` do not apply to it.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.configs.model_config import ModelConfig
+
+    resolved = resolving_view(server_args)
+    return ModelConfig(
+        settings.model,
+        trust_remote_code=False,
+        context_length=context_length,
+        enable_multimodal=resolved.enable_multimodal,
+        dtype=resolved.dtype,
+        model_impl=resolved.model_impl,
+        is_draft_model=True,
+    )
 
 
 def describe(settings: Settings, architecture: str, width: int, lenvm: LenvmConfig) -> dict[str, Any]:

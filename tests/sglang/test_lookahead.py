@@ -11,7 +11,15 @@ import httpx
 import pytest
 import torch
 
-from lenvm_sglang.settings import Settings, StartError, check_attached, is_attached, keep_states, local_directory
+from lenvm_sglang.settings import (
+    Settings,
+    StartError,
+    check_attached,
+    is_attached,
+    keep_states,
+    local_directory,
+    refuse_adapters,
+)
 from tests.sglang.conftest import Server, start
 from tests.sglang.models import FAMILIES, make_attached, make_lookahead, make_pair, prompts, tokenizer
 from tests.sglang.reference import LookaheadReference
@@ -124,6 +132,12 @@ def test_attached_starts_are_checked(heads: dict[str, tuple[Path, Path]], tmp_pa
         check_attached(settings, str(tmp_path), base)
     with pytest.raises(StartError, match="not on this machine yet"):
         local_directory("nobody/no-such-model")
+
+
+def test_adapters_change_what_an_attached_head_reads() -> None:
+    refuse_adapters(SimpleNamespace(enable_lora=None))
+    with pytest.raises(StartError, match="which LoRA adapters change; merge the adapter"):
+        refuse_adapters(SimpleNamespace(enable_lora=True))
 
 
 def test_the_host_is_asked_for_states() -> None:

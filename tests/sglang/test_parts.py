@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +20,9 @@ from lenvm_sglang.middleware import CHAT, COMPLETIONS, GENERATE, LengthFieldsMid
 from lenvm_sglang.outputs import HostLengthOutput
 from lenvm_sglang.responses import Collected, Progress, annotate_metadata, collected, publish
 from lenvm_sglang.rows import LengthRows
+from lenvm_sglang.settings import Settings
 from lenvm_sglang.state import RequestState, RowTable
-from lenvm_sglang.worker import select_rows
+from lenvm_sglang.worker import select_rows, value_config
 
 
 def state(**changes: Any) -> RequestState:
@@ -396,3 +398,17 @@ def test_nan_never_gets_in() -> None:
     sent, _ = through_middleware(b'{"length_bias": NaN}', [])
     assert sent[0]["status"] == 400
     assert math.isfinite(json.loads(sent[1]["body"])["error"]["code"])
+
+
+def test_the_base_models_settings_are_not_the_value_models(pair: Path) -> None:
+    """SGLang hands `--quantization` and config overrides on to draft models, which the value model is no more than by
+    the way it is loaded."""
+    from sglang.srt.server_args import ServerArgs
+
+    server_args = ServerArgs(
+        model_path=str(pair / "base"), quantization="fp8", json_model_override_args='{"hidden_size": 7}', device="cpu"
+    )
+    config = value_config(Settings(str(pair / "lenvm")), server_args, 256)
+    assert config.quantization is None
+    assert config.hidden_size == 64
+    assert config.context_len == 256
