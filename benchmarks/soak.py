@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import socket
 import statistics
 import sys
@@ -147,17 +146,17 @@ class Soak:
         processes += processes[0].children(recursive=True)
         return sum(p.memory_info().rss for p in processes) / 2**20
 
-    def kv_tokens(self) -> float:
-        """KV tokens in use, the cache emptied."""
-        time.sleep(2)
-        self.client.post("/flush_cache")
-        self.known_answer(random.Random(0))  # the host writes this metric when it works
-        time.sleep(1)
-        self.client.post("/flush_cache")
-        text = self.client.get("/metrics").text
-        used = re.findall(r"^sglang:num_used_tokens(?:{[^}]*})? (\S+)$", text, re.M)
-        running = re.findall(r"^sglang:num_running_reqs(?:{[^}]*})? (\S+)$", text, re.M)
-        return sum(map(float, used)) + sum(map(float, running))
+    def kv_tokens(self) -> int:
+        """KV tokens and requests that the scheduler still holds, the cache emptied; it reports them when it is idle for
+        a while."""
+        for _ in range(40):
+            time.sleep(1)
+            self.client.post("/flush_cache")
+            loads = self.client.get("/v1/loads").json()["loads"]
+            used = sum(load["num_used_tokens"] + load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+            if used == 0:
+                break
+        return int(used)
 
     def run(self, minutes: float, workers: int) -> bool:
         """Load, then the figures; whether all was well."""
@@ -174,7 +173,7 @@ class Soak:
             thread.join()
         seconds = time.monotonic() - began
         alive = self.server.process.poll() is None
-        used = self.kv_tokens() if alive else float("nan")
+        used = self.kv_tokens() if alive else -1
         quarter = max(1, len(samples) // 4)
         early, late = statistics.median(samples[quarter : 2 * quarter]), statistics.median(samples[-quarter:])
         total = sum(self.counts.values())
@@ -183,7 +182,7 @@ class Soak:
             print(f"  {kind:<16} {number}")
         print(f"wrong answers     {len(self.wrong)}")
         print(f"server alive      {alive}")
-        print(f"KV tokens in use  {used:.0f} afterwards")
+        print(f"KV tokens in use  {used} afterwards")
         print(f"memory            {samples[0]:.0f} MiB at first, {early:.0f} in the second quarter, {late:.0f} at last")
         for line in self.wrong[:10]:
             print(f"  {line}")
@@ -198,7 +197,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         pair = make_pair(Path(folder), FAMILIES["qwen2"], FAMILIES["qwen2"])
-        server = start(Path(folder) / "log", pair / "base", "--lenvm-model", str(pair / "lenvm"), "--enable-metrics")
+        server = start(Path(folder) / "log", pair / "base", "--lenvm-model", str(pair / "lenvm"))
         try:
             fine = Soak(server.wait(), given.seed).run(given.minutes, given.workers)
             if not fine:
