@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -13,29 +14,46 @@ from typing import Any
 
 import pytest
 
+from lenvm_sglang import versions
 from lenvm_sglang.settings import REFUSALS, Settings, StartError, check_checkpoint, refuse_settings, settings_from
+from lenvm_sglang.versions import host
 from tests.sglang.conftest import COMMON, environment
 from tests.sglang.models import CONTEXT, tokenizer
 
 BAD_VALUES = {
     "pp_size": 2, "speculative_algorithm": "EAGLE", "attn_dp_size": 2, "disaggregation_mode": "prefill",
     "page_size": 16, "tokenizer_worker_num": 2, "dcp_size": 2, "attn_cp_size": 2, "dllm_algorithm": "x",
-    "elastic_ep_backend": "x", "grpc_port": 1, "rl_on_policy_target": "fsdp",
+    "elastic_ep_backend": "x", "grpc_port": 1, "dp_size": 2, "rl_on_policy_target": "fsdp",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("field", [r.field for r in REFUSALS])
+ALL_REFUSALS = (*REFUSALS, *host().refusals)
+
+
+@pytest.mark.parametrize("field", [r.field for r in ALL_REFUSALS])
 def test_unsupported_settings_are_named(field: str) -> None:
-    good = {r.field: r.allowed[0] for r in REFUSALS}
-    refuse_settings(SimpleNamespace(**good))
+    good = {r.field: r.allowed[0] for r in ALL_REFUSALS}
+    refuse_settings(SimpleNamespace(**good), host().refusals)
     with pytest.raises(StartError, match=field):
-        refuse_settings(SimpleNamespace(**{**good, field: BAD_VALUES.get(field, True)}))
+        refuse_settings(SimpleNamespace(**{**good, field: BAD_VALUES.get(field, True)}), host().refusals)
 
 
 def test_refused_settings_exist_in_this_host() -> None:
     from sglang.srt.server_args import ServerArgs
 
-    assert {r.field for r in REFUSALS} <= set(ServerArgs.__struct_fields__)
+    assert {r.field for r in ALL_REFUSALS} <= set(ServerArgs.__struct_fields__)
+
+
+def test_what_a_supported_version_lacks_is_a_hook() -> None:
+    """`versions.SUPPORTED` speaks of hooks that exist, and of this host the truth."""
+    from lenvm_sglang import seams
+
+    targets = {target for target, _, _ in seams.HOOKS}
+    for version in versions.SUPPORTED.values():
+        assert version.lacks <= targets
+    for target in host().lacks:
+        with pytest.raises(AttributeError):
+            pkgutil.resolve_name(target)
 
 
 def test_flags() -> None:
@@ -108,7 +126,7 @@ def test_host_version_and_missing_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     from lenvm_sglang import seams
 
     monkeypatch.setattr(sglang, "__version__", "0.4.0")
-    with pytest.raises(seams.SeamError, match=r"0\.5\.23, this is 0\.4\.0"):
+    with pytest.raises(seams.SeamError, match=r"0\.5\.21, .*0\.5\.23, this is 0\.4\.0"):
         seams.install()
     monkeypatch.undo()
     monkeypatch.setattr(seams, "HOOKS", (("sglang.srt.server_args.ServerArgs.gone", "AFTER", print), *seams.HOOKS))
@@ -132,8 +150,9 @@ def test_each_process_gets_its_own_hooks(
 
     monkeypatch.setattr(seams, "sys", SimpleNamespace(modules={part: None}))
     hooks = set(seams.hooks_here())
+    ours = {hook for hook in seams.SCHEDULER_HOOKS if hook[0] not in host().lacks}
     assert set(seams.FRONT_END_HOOKS) <= hooks if fronts else not hooks & set(seams.FRONT_END_HOOKS)
-    assert set(seams.SCHEDULER_HOOKS) <= hooks if schedulers else not hooks & set(seams.SCHEDULER_HOOKS)
+    assert ours <= hooks if schedulers else not hooks & set(seams.SCHEDULER_HOOKS)
 
 
 def test_a_hook_that_did_not_take_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
