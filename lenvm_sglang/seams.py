@@ -559,14 +559,17 @@ def install() -> None:
             f"lenvm_sglang works with SGLang {', '.join(versions.SUPPORTED)}, this is {sglang.__version__}; install "
             "one of those, or set LENVM_SGLANG_DISABLE=1 to serve without length control."
         )
-    process.hooks = hooks_here()
-    for target, kind, hook in process.hooks:
+    hooks = hooks_here()
+    for target, _, _ in hooks:
         try:
             pkgutil.resolve_name(target)
         except (ImportError, AttributeError) as error:
             raise SeamError(
-                f"SGLang {sglang.__version__} has no {target} ({error}); lenvm_sglang cannot hook it."
+                f"SGLang {sglang.__version__} has no {target} ({error}); lenvm_sglang cannot hook it, set "
+                "LENVM_SGLANG_DISABLE=1 to serve without length control."
             ) from error
+    process.hooks = hooks
+    for target, kind, hook in hooks:
         HookRegistry.register(target, hook, HookType[kind])
     if any(hook is launch_subprocesses for _, _, hook in process.hooks):
         from sglang.srt.entrypoints.engine import Engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from lenvm_sglang import versions
+from lenvm_sglang import OFF_SWITCH, versions
 from lenvm_sglang.settings import REFUSALS, Settings, StartError, check_checkpoint, refuse_settings, settings_from
 from lenvm_sglang.versions import host
-from tests.sglang.conftest import COMMON, environment
+from tests.sglang.conftest import COMMON, ROOT, environment
 from tests.sglang.models import CONTEXT, tokenizer
+from tests.sglang.plugins import install
 
 BAD_VALUES = {
     "pp_size": 2, "speculative_algorithm": "EAGLE", "attn_dp_size": 2, "disaggregation_mode": "prefill",
@@ -164,25 +166,34 @@ def test_a_hook_that_did_not_take_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-def test_the_process_ends_with_the_sentence(pair: Path) -> None:
+def test_the_process_ends_with_the_sentence(pair: Path, tmp_path: Path) -> None:
     launchers = {
         "python -m": ("-m", "sglang.launch_server"),
         "serve": ("-c", "from sglang.cli.main import main; main()", "serve"),
     }
+    without_a_seam = {"PYTHONPATH": f"{ROOT}:{install(tmp_path, 'unhooked')}"}
     runs = [
-        (launchers["python -m"], (str(pair / "base"),), "lenvm: .*no `lenvm` block"),
-        (launchers["serve"], (str(pair / "lenvm"), "--enable-mixed-chunk"), "lenvm: .*enable_mixed_chunk"),
+        (launchers["python -m"], (str(pair / "base"),), {}, 1, "^lenvm: .*no `lenvm` block"),
+        (launchers["serve"], (str(pair / "lenvm"), "--enable-mixed-chunk"), {}, 1, "^lenvm: .*enable_mixed_chunk"),
+        (
+            launchers["serve"],
+            (str(pair / "lenvm"),),
+            without_a_seam,
+            1,
+            r"^lenvm: .* no .*Scheduler\.init_memory_pools",
+        ),
+        (launchers["python -m"], (str(pair / "lenvm"),), {OFF_SWITCH: "1"}, 2, "unrecognized arguments: --lenvm-model"),
     ]
 
-    def run(case: Any) -> tuple[int, str, str]:
-        launcher, flags, message = case
+    def run(case: Any) -> tuple[Any, ...]:
+        launcher, flags, extra, code, message = case
         command = [sys.executable, *launcher, "--model-path", str(pair / "base"), *COMMON, "--lenvm-model", *flags]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280, check=False)
-        return done.returncode, done.stderr, message
+        done = subprocess.run(
+            command, env=environment(**extra), capture_output=True, text=True, timeout=280, check=False
+        )
+        return done.returncode, code, done.stderr, message
 
     with ThreadPoolExecutor(2) as pool:
-        for code, stderr, message in pool.map(run, runs):
-            import re
-
-            assert code == 1
+        for code, expected, stderr, message in pool.map(run, runs):
+            assert code == expected, stderr[-2000:]
             assert re.search(message, stderr.strip().splitlines()[-1]), stderr[-2000:]
