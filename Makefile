@@ -19,7 +19,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: envs env-train env-serve env-serve-floor
-envs: env-train env-serve ## build both environments (cached by a hash of the pins)
+envs: env-train env-serve ## build the two environments (cached by a hash of the pins)
 env-train: ## build the training environment (LlamaFactory)
 	@$(PYTHON) env/build.py train $(ENV_ARGS)
 env-serve: ## build the serving environment (SGLang)

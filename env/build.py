@@ -34,14 +34,17 @@ STAMP = "lenvm-env.json"
 OLDEST_PYTHON = {"cpu": (3, 11), "gpu": (3, 10)}  # the CPU pins hold numpy 2.4, which needs 3.11
 # What a fresh environment must be able to import. It also leaves the bytecode of just these modules behind, which is
 # why pip is told not to compile everything it installs.
+SERVER = (
+    "import torch, transformers.models.qwen2.modeling_qwen2, torchvision, lenvm\n"
+    "import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler, sglang.srt.models.registry\n"
+    "import sglang.srt.managers.detokenizer_manager"
+)
 CHECKS = {
     "train": "import torch, transformers.models.qwen2.modeling_qwen2, torchaudio, torchvision, lenvm\n"
     "import llamafactory.train.tuner",
-    "serve": "import torch, transformers.models.qwen2.modeling_qwen2, torchvision, lenvm, openai, matplotlib.pyplot\n"
-    "import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler, sglang.srt.models.registry\n"
-    "import sglang.srt.managers.detokenizer_manager, hypothesis, schemathesis",
+    "serve": f"{SERVER}, openai, matplotlib.pyplot, hypothesis, schemathesis",
+    "serve-floor": SERVER,
 }
-CHECKS["serve-floor"] = CHECKS["serve"]
 
 
 class BuildError(Exception):

@@ -23,12 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class Suite(NamedTuple):
     """One run of pytest: in which environment, over which folders of `tests/` and which further files, and how nicely:
-    suites that take turns with their servers are slow alone, so the others leave them the cores."""
+    suites that take turns with their servers are slow alone, so the others leave them the cores. With a marker, only
+    tests that carry it."""
 
     environment: str
     folders: tuple[str, ...]
     files: tuple[str, ...] = ()
     nice: int = 0
+    marker: str = ""
 
     @property
     def paths(self) -> list[str]:
@@ -41,6 +43,8 @@ SUITES = {
     "sglang": Suite("serve", ("sglang",)),
     "e2e": Suite("serve", ("e2e",), nice=2),
     "train": Suite("train", ("env", "core", "lf", "demo"), nice=4),
+    # What touches SGLang's private functions, under the oldest that is supported.
+    "floor": Suite("serve-floor", ("sglang",), nice=2, marker="floor"),
     # The core is tested in full under the older transformers (train), and what depends on it under the newer too.
     "serve": Suite(
         "serve",
@@ -118,8 +122,8 @@ def run_suite(name: str, fast: bool) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         report, printed = Path(folder) / "report.xml", Path(folder) / "printed"
         arguments = ["-m", "pytest", "-q", f"--junitxml={report}", *suite.paths]
-        if fast:
-            arguments += ["-m", "not slow"]
+        if wanted := " and ".join(filter(None, (suite.marker, "not slow" if fast else ""))):
+            arguments += ["-m", wanted]
         with printed.open("wb") as output:
             status, seconds = run(
                 environments_home() / suite.environment / "bin" / "python", arguments, output, suite.nice

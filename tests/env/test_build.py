@@ -339,6 +339,31 @@ def test_a_suite_without_tests_has_failed(
     assert "what pytest printed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "fast", "wanted"),
+    [
+        ("sglang", False, None),
+        ("sglang", True, "not slow"),
+        ("floor", False, "floor"),
+        ("floor", True, "floor and not slow"),
+    ],
+)
+def test_a_suite_runs_what_is_marked_for_it(
+    runner: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, fast: bool, wanted: str | None
+) -> None:
+    seen: list[list[str]] = []
+
+    def run(python: Path, arguments: list[str], output: IO[bytes], nice: int) -> tuple[int, float]:
+        seen.append([str(python), *arguments])
+        return 0, 1.0
+
+    monkeypatch.setattr(runner, "run", run)
+    runner.run_suite(name, fast)
+    (command,) = seen
+    assert ("serve-floor/bin/python" in command[0]) is (name == "floor")
+    assert command[command.index("-m", 3) + 1 :] == [wanted] if wanted else command.count("-m") == 1
+
+
 def test_make_help_lists_the_targets(root: Path) -> None:
     result = subprocess.run(["make", "help"], cwd=root, capture_output=True, text=True, check=True)
     for target in ("envs", "demo", "run-gsm8k", "serve-demo", "env-serve-floor", "test", "test-fast", "lint", "clean"):

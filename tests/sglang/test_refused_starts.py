@@ -22,6 +22,8 @@ from tests.sglang.conftest import COMMON, ROOT, environment
 from tests.sglang.models import CONTEXT, tokenizer
 from tests.sglang.plugins import install
 
+pytestmark = pytest.mark.floor
+
 BAD_VALUES = {
     "pp_size": 2, "speculative_algorithm": "EAGLE", "attn_dp_size": 2, "disaggregation_mode": "prefill",
     "page_size": 16, "tokenizer_worker_num": 2, "dcp_size": 2, "attn_cp_size": 2, "dllm_algorithm": "x",
