@@ -18,12 +18,14 @@ PIPELINE = $(SERVE)/lenvm pipeline
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.PHONY: envs env-train env-serve
-envs: env-train env-serve ## build both environments (cached by a hash of the pins)
+.PHONY: envs env-train env-serve env-serve-floor
+envs: env-train env-serve ## build the two environments (cached by a hash of the pins)
 env-train: ## build the training environment (LlamaFactory)
 	@$(PYTHON) env/build.py train $(ENV_ARGS)
 env-serve: ## build the serving environment (SGLang)
 	@$(PYTHON) env/build.py serve $(ENV_ARGS)
+env-serve-floor: ## the same with the oldest supported SGLang, for its tests
+	@$(PYTHON) env/build.py serve-floor $(ENV_ARGS)
 
 .PHONY: demo run-gsm8k serve-demo
 demo: envs ## the whole of LenVM on a small synthetic language, ending with a report; ARGS="--set key=value ..."
@@ -41,9 +43,9 @@ results: envs ## the tables of docs/results.md from the demo's pair: make result
 	@$(SERVE)/python benchmarks/evidence.py --data $(DATA) --write docs/results.md $(ARGS)
 
 .PHONY: test test-fast lint
-test: envs ## lint and all tests in both environments
+test: envs env-serve-floor ## lint and all tests, those of the server's core on the oldest supported SGLang too
 	@$(PYTHON) env/test.py
-test-fast: envs ## lint and the tests that start no server and train nothing (under 2 minutes)
+test-fast: envs env-serve-floor ## lint and the tests that start no server and train nothing (under 2 minutes)
 	@$(PYTHON) env/test.py --fast
 lint: env-train ## ruff, format check, type check
 	@$(PYTHON) env/test.py --only lint

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Build the two environments of LenVM: `python3 env/build.py train` and `python3 env/build.py serve`.
+"""Build the environments of LenVM: `python3 env/build.py train`, `serve`, and for tests `serve-floor`.
 
-Standard library only. They land in `.envs/train` and `.envs/serve` of the checkout, or under the folder that the
-environment variable LENVM_ENVS names. An environment is built once and kept while what defines it stays the same: the
-pins, the stand-ins, this file and the Python version. With a GPU the plain extras of pyproject.toml are installed;
-without one the complete pins of `env/pins` and the stand-ins of `env/stand_ins`. `env/README.md` says why.
+Standard library only. They land in `.envs/train` and so on in the checkout, or under the folder that the environment
+variable LENVM_ENVS names. An environment is built once and kept while what defines it stays the same: the pins, the
+stand-ins, this file and the Python version. With a GPU the plain extras of pyproject.toml are installed; without one
+the complete pins of `env/pins` and the stand-ins of `env/stand_ins`. `serve-floor` has the oldest supported SGLang;
+without a GPU it is a layer over `serve`. `env/README.md` says why.
 """
 
 from __future__ import annotations
@@ -26,18 +27,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ROOT / "env" / "pins"
 STAND_INS = ROOT / "env" / "stand_ins"
-NAMES = ("train", "serve")
-EXTRAS = {"train": "train,dev", "serve": "serve,eval,dev"}
+NAMES = ("train", "serve", "serve-floor")
+EXTRAS = {"train": "train,dev", "serve": "serve,eval,dev", "serve-floor": "serve,eval,dev"}
+BELOW = {"serve-floor": "serve"}  # its CPU pins are only what it has otherwise; the rest is the environment below it
 STAMP = "lenvm-env.json"
 OLDEST_PYTHON = {"cpu": (3, 11), "gpu": (3, 10)}  # the CPU pins hold numpy 2.4, which needs 3.11
 # What a fresh environment must be able to import. It also leaves the bytecode of just these modules behind, which is
 # why pip is told not to compile everything it installs.
+SERVER = (
+    "import torch, transformers.models.qwen2.modeling_qwen2, torchvision, lenvm\n"
+    "import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler, sglang.srt.models.registry\n"
+    "import sglang.srt.managers.detokenizer_manager"
+)
 CHECKS = {
     "train": "import torch, transformers.models.qwen2.modeling_qwen2, torchaudio, torchvision, lenvm\n"
     "import llamafactory.train.tuner",
-    "serve": "import torch, transformers.models.qwen2.modeling_qwen2, torchvision, lenvm, openai, matplotlib.pyplot\n"
-    "import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler, sglang.srt.models.registry\n"
-    "import sglang.srt.managers.detokenizer_manager, hypothesis, schemathesis",
+    "serve": f"{SERVER}, openai, matplotlib.pyplot, hypothesis, schemathesis",
+    "serve-floor": SERVER,
 }
 
 
@@ -91,12 +97,16 @@ def environment_key(name: str, device: str, version: tuple[int, ...]) -> str:
     """Hash of everything that an environment is made of, other than the checkout itself."""
     digest = hashlib.sha256(f"{name} {device} {version}".encode())
     if device == "cpu":
+        if name in BELOW:
+            digest.update(environment_key(BELOW[name], device, version).encode())
         files = [PINS / f"{name}-cpu.txt", *sorted(p for p in STAND_INS.rglob("*") if p.suffix in (".py", ".pth"))]
         for path in [Path(__file__), *files]:
             digest.update(path.name.encode() + path.read_bytes())
     else:
         pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
         digest.update(Path(__file__).read_bytes() + dependency_tables(pyproject).encode())
+        if name in BELOW:
+            digest.update((PINS / f"{name}-cpu.txt").read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -108,6 +118,11 @@ def checkout_key() -> str:
     return digest.hexdigest()[:16]
 
 
+def pin(package: str, pins: Path) -> str:
+    """The line `package==version` of a pin file."""
+    return next(line for line in pins.read_text(encoding="utf-8").splitlines() if line.startswith(f"{package}=="))
+
+
 # ------------------------------------------------------------------------------------------------------- the builder
 
 
@@ -117,11 +132,12 @@ class Builder:
     def __init__(self, name: str, device: str, home: Path, python: str) -> None:
         self.name, self.device, self.base_python = name, device, python
         self.home = home / name
+        self.below = home / BELOW[name] if device == "cpu" and name in BELOW else None
         self.log = home / f"{name}.log"
         self.python = self.home / "bin" / "python"
         self.version = python_version(python)
         self.done = 0
-        self.steps = 6 if device == "cpu" else 4
+        self.steps = 6 if device == "cpu" and self.below is None else 4
 
     def stamp(self) -> dict[str, str]:
         """What the finished environment says it was built from; empty if there is none, or a build was cut short."""
@@ -137,7 +153,8 @@ class Builder:
 
     def build(self) -> None:
         """Bring the environment up to date: nothing, the checkout's metadata only, or everything."""
-        key, checkout = environment_key(self.name, self.device, self.version), checkout_key()
+        key = environment_key(self.name, self.device, self.version)
+        checkout = "" if self.below else checkout_key()  # a layer has it from the environment below
         stamp = self.stamp()
         if stamp.get("environment") == key and self.python.exists():
             if stamp.get("checkout") == checkout:
@@ -153,15 +170,19 @@ class Builder:
         self.write_stamp(environment=key, checkout=checkout, device=self.device)
 
     def build_all(self) -> None:
+        pins = PINS / f"{self.name}-cpu.txt"
         with self.step("virtual environment"):
             shutil.rmtree(self.home, ignore_errors=True)
-            self.run([self.base_python, "-m", "venv", str(self.home)])
+            self.run([self.base_python, "-m", "venv", *(["--without-pip"] if self.below else []), str(self.home)])
+        if self.below:
+            self.build_layer(pins, self.below)
+            return
         if self.device == "gpu":
             with self.step(f"packages of lenvm[{EXTRAS[self.name]}]"):
-                self.pip("--editable", f"{ROOT}[{EXTRAS[self.name]}]")
+                oldest = [pin("sglang", pins)] if self.name in BELOW else []
+                self.pip("--editable", f"{ROOT}[{EXTRAS[self.name]}]", *oldest)
         else:
-            pins = PINS / f"{self.name}-cpu.txt"
-            torch = next(line for line in pins.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
+            torch = pin("torch", pins)
             with self.step(f"{torch}, CPU build"):
                 self.pip("--no-deps", "--no-compile", torch)
                 self.refuse_cuda_torch(torch)
@@ -172,6 +193,18 @@ class Builder:
         self.install_checkout()
         with self.step("check that it imports"):
             self.run([str(self.python), "-c", CHECKS[self.name]])
+
+    def build_layer(self, pins: Path, below: Path) -> None:
+        """The packages of `pins` ahead of those of the environment below, which come with all that their .pth do."""
+        with self.step(f"packages of {pins.relative_to(ROOT)}"):
+            self.pip("--no-deps", "--no-compile", "--requirement", str(pins))
+        with self.step(f"the rest from {below}"):
+            rest = f"import site; site.addsitedir({str(self.site_packages(below))!r})\n"
+            (self.site_packages() / "lenvm_below.pth").write_text(rest, encoding="utf-8")
+        with self.step("check that it imports"):
+            host = pin("sglang", pins).partition("==")[2]
+            right = f"import sglang; assert sglang.__version__ == {host!r}, sglang.__version__"
+            self.run([str(self.python), "-c", f"{right}\n{CHECKS[self.name]}"])
 
     def install_checkout(self) -> None:
         with self.step("this checkout, editable"):
@@ -199,14 +232,18 @@ class Builder:
         if self.name == "train":
             self.run([str(self.python), str(STAND_INS / "torchaudio_pure.py")])
 
-    def site_packages(self) -> Path:
-        return self.home / "lib" / f"python{self.version[0]}.{self.version[1]}" / "site-packages"
+    def site_packages(self, home: Path | None = None) -> Path:
+        return (home or self.home) / "lib" / f"python{self.version[0]}.{self.version[1]}" / "site-packages"
 
     # ---- running things
 
     def pip(self, *arguments: str) -> None:
         quiet = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-        self.run([str(self.python), "-m", "pip", "install", *quiet, *arguments])
+        if self.below:  # whose pip it is: a layer has none of its own
+            pip = [str(self.below / "bin" / "python"), "-m", "pip", "--python", str(self.python)]
+        else:
+            pip = [str(self.python), "-m", "pip"]
+        self.run([*pip, "install", *quiet, *arguments])
 
     def run(self, command: list[str]) -> None:
         """Run a command, its output going to the log. Raises BuildError with one sentence if it fails."""
@@ -290,14 +327,15 @@ def environments_home() -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="+", choices=NAMES, metavar="train|serve", help="which environments to build")
+    parser.add_argument("names", nargs="+", choices=NAMES, metavar="train|serve|serve-floor", help="which to build")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: gpu if there is one")
     parser.add_argument("--python", help="interpreter to build with (default: python3.11, else the one running this)")
     options = parser.parse_args(arguments)
     device = options.device if options.device != "auto" else "gpu" if has_gpu() else "cpu"
     try:
         python = find_python(device, options.python)
-        for name in options.names:
+        needed = [BELOW[name] for name in options.names if device == "cpu" and name in BELOW]
+        for name in dict.fromkeys([*needed, *options.names]):
             with only_build(environments_home(), name):
                 Builder(name, device, environments_home(), python).build()
     except BuildError as error:

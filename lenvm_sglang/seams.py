@@ -3,7 +3,7 @@
 Each hook is a thin function that reads what it needs from the host's objects and calls a module of ours. `install`
 checks the host's version and that every target exists; `verify` checks, when the scheduler is up, that every hook took
 (SGLang itself only logs a hook that fails). The module is long because it is the only one: what a host upgrade can
-break is found here and nowhere else.
+break is found here and nowhere else. What differs between the supported versions is in `lenvm_sglang.versions`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from lenvm_sglang import admission, responses, settings
+from lenvm_sglang import admission, responses, settings, versions
 from lenvm_sglang.metrics import RequestMetrics, request_metrics, step_metrics
 from lenvm_sglang.scope import ThinkTags
 from lenvm_sglang.settings import Settings, StartError
@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 Hook = tuple[str, str, Callable[..., Any]]
 """(target, kind, hook)."""
-SUPPORTED_HOSTS = ("0.5.23",)
-"""SGLang versions whose private functions below were read and tested."""
 
 
 class SeamError(RuntimeError):
@@ -121,7 +119,7 @@ def check_start(server_args: Any, ours: Settings) -> None:
 
     server_args.resolve_once()
     resolved = resolving_view(server_args)
-    settings.refuse_settings(resolved)
+    settings.refuse_settings(resolved, versions.host().refusals)
     if envs.SGLANG_RUST_SERVER.get():
         raise StartError("--lenvm-model does not work with SGLANG_RUST_SERVER yet; unset it.")
     base = ModelConfig.from_server_args(server_args)
@@ -284,12 +282,13 @@ def add_cell_size(result: int, self: Any, kvc: Any, num_layers: int) -> int | No
     return result + process.worker.bytes_per_token()
 
 
-def add_scratch(result: None, self: Any, kvc: Any) -> None:
-    """AFTER DefaultPoolConfigurator.__init__: the value KV of the candidates."""
+def leave_scratch(original: Callable[..., Any], self: Any, available_bytes: int, page_size: int) -> Any:
+    """AROUND DefaultPoolConfigurator.calculate_pool_sizes: the value KV of the candidates comes out of the budget."""
     from sglang.srt.runtime_context import get_schedule
 
-    if process.worker is not None and not kvc.is_draft_worker:
-        self._fixed_overhead_bytes += process.worker.scratch_bytes(get_schedule().max_running_requests)
+    if process.worker is not None:
+        available_bytes -= process.worker.scratch_bytes(get_schedule().max_running_requests)
+    return original(self, available_bytes, page_size)
 
 
 def allocate_pools(result: None, self: Any) -> None:
@@ -360,15 +359,16 @@ def data_parallel_info(result: dict[str, Any], self: Any) -> None:
 # ----- scheduler: running -------------------------------------------------------------------------------------------
 
 
-def create_request(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER Scheduler._create_generation_req: state and radix namespace of requests with length fields."""
+def admit_request(result: None, self: Any, req: Any) -> None:
+    """AFTER Scheduler.init_req_max_new_tokens, which every new request passes before it is queued: state and radix
+    namespace of those with length fields."""
     stops = set(self.model_config.hf_eos_token_id or ())
     if self.tokenizer is not None:
         stops.add(self.tokenizer.eos_token_id)
         stops |= set(getattr(self.tokenizer, "additional_stop_token_ids", None) or ())
     own_prefixes = process.worker is None or process.worker.own_prefixes
     stop_ids = frozenset(t for t in stops if t is not None)
-    admission.admit(result, process.served, stop_ids, own_prefixes, process.think_tags)
+    admission.admit(req, process.served, stop_ids, own_prefixes, process.think_tags)
 
 
 def max_prefix_len(result: int, self: Any, *args: Any, **kwargs: Any) -> int:
@@ -403,7 +403,7 @@ def forward_batch(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any)
         steered.append(
             state.request.steers if state.scope is None else state.steers_at(int(lengths[i]) - state.prompt_tokens)
         )
-        whole = decode or req.extend_end == len(req.full_untruncated_fill_ids)
+        whole = decode or int(lengths[i]) == len(req.full_untruncated_fill_ids)
         draws.append(whole and req.sampling_params.max_new_tokens != 0 and state.sequence_from is None)
     result.lenvm_requests = [batch.reqs[i] for i in index]
     result.lenvm_rows = LengthRows(index, states, draws, steered, moved) if index else None
@@ -489,6 +489,7 @@ def compute_logprobs(self: Any, logprobs: Any, *args: Any, **kwargs: Any) -> Non
 # ----- the table ----------------------------------------------------------------------------------------------------
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
+_DATA_PARALLEL = "sglang.srt.managers.data_parallel_controller.DataParallelController."
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager."
 _POOL = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator."
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner."
@@ -506,17 +507,13 @@ FRONT_END_HOOKS: tuple[Hook, ...] = (
 SCHEDULER_HOOKS: tuple[Hook, ...] = (
     (_SCHEDULER + "maybe_init_draft_worker", "AFTER", load_value_model),
     (_POOL + "_compute_cell_size", "AFTER", add_cell_size),
-    (_POOL + "__init__", "AFTER", add_scratch),
+    (_POOL + "calculate_pool_sizes", "AROUND", leave_scratch),
     (_SCHEDULER + "init_memory_pools", "AFTER", allocate_pools),
     (_SCHEDULER + "init_all_attention_backends", "AFTER", build_backends),
     (_SCHEDULER + "get_output_streamer_class", "AFTER", output_streamer_class),
     (_SCHEDULER + "get_init_info", "AFTER", init_info),
-    (
-        "sglang.srt.managers.data_parallel_controller.DataParallelController.get_init_info",
-        "AFTER",
-        data_parallel_info,
-    ),
-    (_SCHEDULER + "_create_generation_req", "AFTER", create_request),
+    (_DATA_PARALLEL + "get_init_info", "AFTER", data_parallel_info),
+    (_SCHEDULER + "init_req_max_new_tokens", "AFTER", admit_request),
     ("sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len", "AFTER", max_prefix_len),
     ("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", forward_batch),
     (_RUNNER + "forward", "AFTER", model_forward),
@@ -533,18 +530,19 @@ HOOKS: tuple[Hook, ...] = (
 
 
 def hooks_here() -> tuple[Hook, ...]:
-    """The hooks of this process's part of the host.
+    """The hooks of this process's part of this version of the host.
 
     SGLang loads plug-ins in every process it starts. Resolving a target imports its module with all it needs, for
     nothing where the module belongs to another process. Which part this is can be told by what is imported when
     plug-ins are loaded: a launcher (also `Engine` in somebody's own process) has everything or nothing
     yet, a detokenizer has no scheduler, a scheduler or data-parallel controller has no engine.
     """
+    hooks = tuple(hook for hook in HOOKS if hook[0] not in versions.host().lacks)
     if "sglang.srt.entrypoints.engine" in sys.modules:
-        return HOOKS
+        return hooks
     if "sglang.srt.managers.scheduler" in sys.modules:
-        return tuple(hook for hook in HOOKS if hook not in FRONT_END_HOOKS)
-    return () if "sglang.srt.managers.detokenizer_manager" in sys.modules else HOOKS
+        return tuple(hook for hook in hooks if hook not in FRONT_END_HOOKS)
+    return () if "sglang.srt.managers.detokenizer_manager" in sys.modules else hooks
 
 
 def install() -> None:
@@ -556,19 +554,22 @@ def install() -> None:
     import sglang
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    if sglang.__version__ not in SUPPORTED_HOSTS:
+    if sglang.__version__ not in versions.SUPPORTED:
         raise SeamError(
-            f"lenvm_sglang works with SGLang {', '.join(SUPPORTED_HOSTS)}, this is {sglang.__version__}; install one "
-            "of those, or set LENVM_SGLANG_DISABLE=1 to serve without length control."
+            f"lenvm_sglang works with SGLang {', '.join(versions.SUPPORTED)}, this is {sglang.__version__}; install "
+            "one of those, or set LENVM_SGLANG_DISABLE=1 to serve without length control."
         )
-    process.hooks = hooks_here()
-    for target, kind, hook in process.hooks:
+    hooks = hooks_here()
+    for target, _, _ in hooks:
         try:
             pkgutil.resolve_name(target)
         except (ImportError, AttributeError) as error:
             raise SeamError(
-                f"SGLang {sglang.__version__} has no {target} ({error}); lenvm_sglang cannot hook it."
+                f"SGLang {sglang.__version__} has no {target} ({error}); lenvm_sglang cannot hook it, set "
+                "LENVM_SGLANG_DISABLE=1 to serve without length control."
             ) from error
+    process.hooks = hooks
+    for target, kind, hook in hooks:
         HookRegistry.register(target, hook, HookType[kind])
     if any(hook is launch_subprocesses for _, _, hook in process.hooks):
         from sglang.srt.entrypoints.engine import Engine
@@ -582,7 +583,7 @@ def verify() -> None:
     Raises:
         SeamError: naming the ones that are not.
     """
-    hooks = HOOKS if process.hooks is None else process.hooks
+    hooks = hooks_here() if process.hooks is None else process.hooks
     missing = [target for target, _, hook in hooks if not _wraps(pkgutil.resolve_name(target), hook)]
     if missing:
         raise SeamError(f"these hooks did not take, so the server would ignore length fields: {', '.join(missing)}.")

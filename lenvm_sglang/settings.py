@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def settings_of(server_args: Any) -> Settings | None:
 
 
 @dataclass(frozen=True)
-class _Refusal:
+class Refusal:
     """A host setting that is not supported beside a LenVM, and what to do instead."""
 
     field: str
@@ -135,38 +135,37 @@ class _Refusal:
 
 
 REFUSALS = (
-    _Refusal("pp_size", (1,), "run without pipeline parallelism (--pp-size 1)"),
-    _Refusal("speculative_algorithm", (None,), "drop --speculative-algorithm"),
-    _Refusal("attn_dp_size", (1,), "run without DP attention"),
-    _Refusal("dcp_size", (1,), "run without decode context parallelism"),
-    _Refusal("attn_cp_size", (1,), "run without context parallelism"),
-    _Refusal("disaggregation_mode", ("null", None), "run prefill and decode in one server"),
-    _Refusal("enable_hierarchical_cache", (False,), "drop --enable-hierarchical-cache"),
-    _Refusal("enable_lmcache", (False,), "drop --enable-lmcache"),
-    _Refusal("enable_unified_memory", (False,), "drop --enable-unified-memory"),
-    _Refusal("enable_unified_cache_external_linker", (False,), "drop --enable-unified-cache-external-linker"),
-    _Refusal("enable_hisparse", (False,), "drop --enable-hisparse"),
-    _Refusal("page_size", (1, None), "run with --page-size 1"),
-    _Refusal("enable_mixed_chunk", (False,), "drop --enable-mixed-chunk"),
-    _Refusal("enable_pdmux", (False,), "drop --enable-pdmux"),
-    _Refusal("enable_two_batch_overlap", (False,), "drop --enable-two-batch-overlap"),
-    _Refusal("dllm_algorithm", (None,), "serve an autoregressive model"),
-    _Refusal("elastic_ep_backend", (None,), "drop --elastic-ep-backend"),
-    _Refusal("enable_session_radix_cache", (False,), "drop --enable-session-radix-cache"),
-    _Refusal("enable_streaming_session", (False,), "drop --enable-streaming-session"),
-    _Refusal("tokenizer_worker_num", (1,), "run with --tokenizer-worker-num 1"),
-    _Refusal("enable_memory_saver", (False,), "drop --enable-memory-saver"),
-    _Refusal("skip_tokenizer_init", (False,), "drop --skip-tokenizer-init"),
-    _Refusal("enable_http2", (False,), "use HTTP/1.1"),
-    _Refusal("smg_grpc_mode", (False,), "use the HTTP server"),
-    _Refusal("grpc_mode", (False,), "use the HTTP server"),
-    _Refusal("grpc_port", (None,), "use the HTTP server"),
-    _Refusal("use_ray", (False,), "drop --use-ray"),
-    _Refusal("encoder_only", (False,), "serve the whole model"),
-    _Refusal("language_only", (False,), "serve the whole model"),
-    _Refusal("rl_on_policy_target", (None,), "drop --rl-on-policy-target"),
+    Refusal("pp_size", (1,), "run without pipeline parallelism (--pp-size 1)"),
+    Refusal("speculative_algorithm", (None,), "drop --speculative-algorithm"),
+    Refusal("dcp_size", (1,), "run without decode context parallelism"),
+    Refusal("attn_cp_size", (1,), "run without context parallelism"),
+    Refusal("disaggregation_mode", ("null", None), "run prefill and decode in one server"),
+    Refusal("enable_hierarchical_cache", (False,), "drop --enable-hierarchical-cache"),
+    Refusal("enable_lmcache", (False,), "drop --enable-lmcache"),
+    Refusal("enable_unified_memory", (False,), "drop --enable-unified-memory"),
+    Refusal("enable_unified_cache_external_linker", (False,), "drop --enable-unified-cache-external-linker"),
+    Refusal("enable_hisparse", (False,), "drop --enable-hisparse"),
+    Refusal("page_size", (1, None), "run with --page-size 1"),
+    Refusal("enable_mixed_chunk", (False,), "drop --enable-mixed-chunk"),
+    Refusal("enable_pdmux", (False,), "drop --enable-pdmux"),
+    Refusal("enable_two_batch_overlap", (False,), "drop --enable-two-batch-overlap"),
+    Refusal("dllm_algorithm", (None,), "serve an autoregressive model"),
+    Refusal("elastic_ep_backend", (None,), "drop --elastic-ep-backend"),
+    Refusal("enable_session_radix_cache", (False,), "drop --enable-session-radix-cache"),
+    Refusal("enable_streaming_session", (False,), "drop --enable-streaming-session"),
+    Refusal("tokenizer_worker_num", (1,), "run with --tokenizer-worker-num 1"),
+    Refusal("enable_memory_saver", (False,), "drop --enable-memory-saver"),
+    Refusal("skip_tokenizer_init", (False,), "drop --skip-tokenizer-init"),
+    Refusal("enable_http2", (False,), "use HTTP/1.1"),
+    Refusal("smg_grpc_mode", (False,), "use the HTTP server"),
+    Refusal("grpc_mode", (False,), "use the HTTP server"),
+    Refusal("grpc_port", (None,), "use the HTTP server"),
+    Refusal("use_ray", (False,), "drop --use-ray"),
+    Refusal("encoder_only", (False,), "serve the whole model"),
+    Refusal("language_only", (False,), "serve the whole model"),
+    Refusal("rl_on_policy_target", (None,), "drop --rl-on-policy-target"),
 )
-"""Settings that are refused until they are built and tested."""
+"""Settings that are refused until they are built and tested, in every version of the host."""
 
 
 def refuse_adapters(resolved: Any) -> None:
@@ -182,13 +181,13 @@ def refuse_adapters(resolved: Any) -> None:
         )
 
 
-def refuse_settings(resolved: Any) -> None:
-    """Compare the host's resolved settings with `REFUSALS`.
+def refuse_settings(resolved: Any, of_this_host: Sequence[Refusal] = ()) -> None:
+    """Compare the host's resolved settings with `REFUSALS`, and with those of this version of the host alone.
 
     Raises:
         StartError: naming the setting, its value, and what to do.
     """
-    for refusal in REFUSALS:
+    for refusal in (*REFUSALS, *of_this_host):
         value = getattr(resolved, refusal.field)
         if value not in refusal.allowed:
             raise StartError(

@@ -28,6 +28,7 @@ from lenvm_sglang.model import register_architecture
 from lenvm_sglang.rows import LengthRows, Place, Places, Read
 from lenvm_sglang.settings import Settings, StartError
 from lenvm_sglang.state import RowTable, to_device
+from lenvm_sglang.versions import bind_slots
 
 if TYPE_CHECKING:
     from lenvm_sglang.lookahead import LastStates
@@ -197,7 +198,7 @@ class ValueWorker:
         index = to_device(rows.index, torch.int64, batch.seq_lens.device)
         self.places.write(batch.req_pool_indices[index].long(), rows.states)
         part = select_rows(batch, rows.index, index)
-        self.sequence_slots.bind_runner_slots(part)
+        bind_slots(self.sequence_slots, part)
         self.prefill_tokens += part.extend_num_tokens
         self.sequences.init_forward_metadata(part)
         hidden = self._forward(part, self.sequences)
@@ -297,7 +298,7 @@ class ValueWorker:
         # what the host's backends size their buffers by
         batch.seq_lens_cpu = (mirror + 1).repeat_interleave(width)
         batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
-        self.candidate_slots.bind_runner_slots(batch)
+        bind_slots(self.candidate_slots, batch)
         self.candidates.init_forward_metadata(batch)
         hidden = self._forward(batch, self.candidates)
         return self.runner.model.scores(hidden.view(rows, width, -1), value)

@@ -133,6 +133,48 @@ def test_the_serving_environment_gets_the_stand_ins(build: ModuleType, record: A
     assert names >= {"sgl_kernel", "lenvm_torchvision_schemas.py", "lenvm_torchvision_schemas.pth"}
 
 
+def test_the_oldest_host_is_a_layer_over_the_serving_environment(
+    build: ModuleType, record: Any, tmp_path: Path
+) -> None:
+    recorder = record()
+    floor = builder(build, tmp_path, "serve-floor")
+    floor.build()
+    marks = ["-m venv --without-pip", "serve-floor-cpu.txt", "import sglang; assert sglang.__version__ =="]
+    assert [mark in command for mark, command in zip(marks, recorder.commands, strict=True)] == [True] * 3
+    assert recorder.commands[1].startswith(f"{tmp_path / 'serve' / 'bin' / 'python'} -m pip --python {floor.python}")
+    (line,) = (floor.site_packages() / "lenvm_below.pth").read_text().splitlines()
+    assert str(floor.site_packages(tmp_path / "serve")) in line
+    again = record()
+    builder(build, tmp_path, "serve-floor").build()
+    assert again.commands == []
+
+
+def test_what_lies_below_a_layer_is_part_of_it(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = build.environment_key("serve-floor", "cpu", (3, 11, 7))
+    for file in build.PINS.iterdir():
+        (tmp_path / file.name).write_text(file.read_text() + ("# changed\n" if file.name == "serve-cpu.txt" else ""))
+    monkeypatch.setattr(build, "PINS", tmp_path)
+    assert build.environment_key("serve-floor", "cpu", (3, 11, 7)) != before
+
+
+def test_a_gpu_gets_the_oldest_host_in_an_environment_of_its_own(
+    build: ModuleType, record: Any, tmp_path: Path
+) -> None:
+    recorder = record()
+    builder(build, tmp_path, "serve-floor", "gpu").build()
+    oldest = build.pin("sglang", build.PINS / "serve-floor-cpu.txt")
+    assert any(command.endswith(f"[serve,eval,dev] {oldest}") for command in recorder.commands)
+
+
+def test_the_pinned_hosts_are_the_ends_of_the_supported_range(build: ModuleType) -> None:
+    from lenvm_sglang.versions import SUPPORTED
+
+    pinned = [build.pin("sglang", build.PINS / f"{name}-cpu.txt") for name in ("serve-floor", "serve")]
+    assert pinned == [f"sglang=={version}" for version in (min(SUPPORTED), max(SUPPORTED))]
+
+
 def test_a_second_build_waits_for_the_first(
     build: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,7 +241,7 @@ def test_pythons(build: ModuleType) -> None:
 
 def test_dependency_tables_are_the_bounds_and_not_the_tools(build: ModuleType, root: Path) -> None:
     tables = build.dependency_tables((root / "pyproject.toml").read_text())
-    assert "sglang==0.5.23" in tables
+    assert "sglang>=0.5.21,<=0.5.23" in tables
     assert '"torch>=' in tables
     assert "[tool." not in tables
 
@@ -209,7 +251,7 @@ def test_pins_are_complete_and_keep_the_bounds(root: Path) -> None:
     quoted = re.findall(r'^    "([a-z].*?)",', (root / "pyproject.toml").read_text(), re.MULTILINE)
     bounds = [Requirement(text) for text in quoted if re.search("[<>=]", text)]
     assert {"torch", "transformers", "llamafactory", "sglang", "openai"} <= {bound.name for bound in bounds}
-    for name, host in (("train", "llamafactory"), ("serve", "sglang")):
+    for name, host in (("train", "llamafactory"), ("serve", "sglang"), ("serve-floor", "sglang")):
         lines = (root / "env" / "pins" / f"{name}-cpu.txt").read_text().splitlines()
         pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
         names = [canonicalize_name(pin.name) for pin in pins]
@@ -244,7 +286,7 @@ def test_every_test_folder_belongs_to_an_environment(runner: ModuleType, root: P
 
 def test_every_suite_names_what_exists(runner: ModuleType, root: Path) -> None:
     for suite in runner.SUITES.values():
-        assert suite.environment in ("train", "serve")
+        assert suite.environment in ("train", "serve", "serve-floor")
         assert all((root / path).exists() for path in suite.paths)
 
 
@@ -297,9 +339,34 @@ def test_a_suite_without_tests_has_failed(
     assert "what pytest printed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "fast", "wanted"),
+    [
+        ("sglang", False, None),
+        ("sglang", True, "not slow"),
+        ("floor", False, "floor"),
+        ("floor", True, "floor and not slow"),
+    ],
+)
+def test_a_suite_runs_what_is_marked_for_it(
+    runner: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, fast: bool, wanted: str | None
+) -> None:
+    seen: list[list[str]] = []
+
+    def run(python: Path, arguments: list[str], output: IO[bytes], nice: int) -> tuple[int, float]:
+        seen.append([str(python), *arguments])
+        return 0, 1.0
+
+    monkeypatch.setattr(runner, "run", run)
+    runner.run_suite(name, fast)
+    (command,) = seen
+    assert ("serve-floor/bin/python" in command[0]) is (name == "floor")
+    assert command[command.index("-m", 3) + 1 :] == [wanted] if wanted else command.count("-m") == 1
+
+
 def test_make_help_lists_the_targets(root: Path) -> None:
     result = subprocess.run(["make", "help"], cwd=root, capture_output=True, text=True, check=True)
-    for target in ("envs", "demo", "run-gsm8k", "serve-demo", "test", "test-fast", "lint", "clean"):
+    for target in ("envs", "demo", "run-gsm8k", "serve-demo", "env-serve-floor", "test", "test-fast", "lint", "clean"):
         assert f"make {target} " in result.stdout
 
 

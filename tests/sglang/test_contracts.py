@@ -176,6 +176,7 @@ SCOPES: tuple[dict[str, Any], ...] = (
 )
 
 
+@pytest.mark.floor
 def test_scopes(stressed: Server, mixed_reference: Reference) -> None:
     """Beside an independent implementation, under chunked prefill and retraction."""
     from concurrent.futures import ThreadPoolExecutor

@@ -46,6 +46,7 @@ def assert_states(found: dict[str, Any], reference: Reference, prompt: list[int]
     assert all(a <= b <= c for a, b, c in zip(*found["quantiles"].values(), strict=True))
 
 
+@pytest.mark.floor
 def test_values_are_those_of_transformers(guided: Server, reference: Reference) -> None:
     """Prompts and completions longer than a chunk, alone and together; stop tokens in the middle and at the end."""
     asked = [(p, c) for p, c in zip(prompts(6, seed=40, shared=30), prompts(6, seed=41), strict=True)]
@@ -58,6 +59,7 @@ def test_values_are_those_of_transformers(guided: Server, reference: Reference) 
     assert_states(values(guided, items[3])[0], reference, *asked[3])
 
 
+@pytest.mark.floor
 def test_values_after_the_prefix_was_cached(guided: Server, reference: Reference) -> None:
     (prompt,), (completion,) = prompts(1, seed=42), prompts(1, seed=43)
     for _ in range(2):
@@ -151,6 +153,7 @@ def test_the_sequence_key_is_ours(guided: Server) -> None:
     assert response.status_code == 400
 
 
+@pytest.mark.floor
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/generate"])
 def test_streams_carry_values_as_they_come(guided: Server, route: str) -> None:
     bodies: dict[str, dict[str, Any]] = {
@@ -176,6 +179,7 @@ def samples(server: Server) -> dict[str, float]:
     return {x.rsplit(" ", 1)[0]: float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith("lenvm_")}
 
 
+@pytest.mark.floor
 def test_metrics_count_guided_requests_and_no_others(guided: Server) -> None:
     before = samples(guided)
     served_greedy(guided, [5, 6, 7], {})
@@ -204,6 +208,7 @@ def test_metrics_count_guided_requests_and_no_others(guided: Server) -> None:
         assert grown(f'lenvm_step_seconds_sum{{phase="{phase}"}}') > 0
 
 
+@pytest.mark.floor
 def test_openapi_speaks_of_length_control(guided: Server) -> None:
     document = httpx.get(guided.url + "/openapi.json", timeout=60).json()
     schemas = document["components"]["schemas"]

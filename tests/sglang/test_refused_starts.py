@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -13,29 +15,49 @@ from typing import Any
 
 import pytest
 
+from lenvm_sglang import OFF_SWITCH, versions
 from lenvm_sglang.settings import REFUSALS, Settings, StartError, check_checkpoint, refuse_settings, settings_from
-from tests.sglang.conftest import COMMON, environment
+from lenvm_sglang.versions import host
+from tests.sglang.conftest import COMMON, ROOT, environment
 from tests.sglang.models import CONTEXT, tokenizer
+from tests.sglang.plugins import install
+
+pytestmark = pytest.mark.floor
 
 BAD_VALUES = {
     "pp_size": 2, "speculative_algorithm": "EAGLE", "attn_dp_size": 2, "disaggregation_mode": "prefill",
     "page_size": 16, "tokenizer_worker_num": 2, "dcp_size": 2, "attn_cp_size": 2, "dllm_algorithm": "x",
-    "elastic_ep_backend": "x", "grpc_port": 1, "rl_on_policy_target": "fsdp",
+    "elastic_ep_backend": "x", "grpc_port": 1, "dp_size": 2, "rl_on_policy_target": "fsdp",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("field", [r.field for r in REFUSALS])
+ALL_REFUSALS = (*REFUSALS, *host().refusals)
+
+
+@pytest.mark.parametrize("field", [r.field for r in ALL_REFUSALS])
 def test_unsupported_settings_are_named(field: str) -> None:
-    good = {r.field: r.allowed[0] for r in REFUSALS}
-    refuse_settings(SimpleNamespace(**good))
+    good = {r.field: r.allowed[0] for r in ALL_REFUSALS}
+    refuse_settings(SimpleNamespace(**good), host().refusals)
     with pytest.raises(StartError, match=field):
-        refuse_settings(SimpleNamespace(**{**good, field: BAD_VALUES.get(field, True)}))
+        refuse_settings(SimpleNamespace(**{**good, field: BAD_VALUES.get(field, True)}), host().refusals)
 
 
 def test_refused_settings_exist_in_this_host() -> None:
     from sglang.srt.server_args import ServerArgs
 
-    assert {r.field for r in REFUSALS} <= set(ServerArgs.__struct_fields__)
+    assert {r.field for r in ALL_REFUSALS} <= set(ServerArgs.__struct_fields__)
+
+
+def test_what_a_supported_version_lacks_is_a_hook() -> None:
+    """`versions.SUPPORTED` speaks of hooks that exist, and of this host the truth."""
+    from lenvm_sglang import seams
+
+    targets = {target for target, _, _ in seams.HOOKS}
+    for version in versions.SUPPORTED.values():
+        assert version.lacks <= targets
+    for target in host().lacks:
+        with pytest.raises(AttributeError):
+            pkgutil.resolve_name(target)
 
 
 def test_flags() -> None:
@@ -108,7 +130,7 @@ def test_host_version_and_missing_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     from lenvm_sglang import seams
 
     monkeypatch.setattr(sglang, "__version__", "0.4.0")
-    with pytest.raises(seams.SeamError, match=r"0\.5\.23, this is 0\.4\.0"):
+    with pytest.raises(seams.SeamError, match=r"0\.5\.21, .*0\.5\.23, this is 0\.4\.0"):
         seams.install()
     monkeypatch.undo()
     monkeypatch.setattr(seams, "HOOKS", (("sglang.srt.server_args.ServerArgs.gone", "AFTER", print), *seams.HOOKS))
@@ -132,8 +154,9 @@ def test_each_process_gets_its_own_hooks(
 
     monkeypatch.setattr(seams, "sys", SimpleNamespace(modules={part: None}))
     hooks = set(seams.hooks_here())
+    ours = {hook for hook in seams.SCHEDULER_HOOKS if hook[0] not in host().lacks}
     assert set(seams.FRONT_END_HOOKS) <= hooks if fronts else not hooks & set(seams.FRONT_END_HOOKS)
-    assert set(seams.SCHEDULER_HOOKS) <= hooks if schedulers else not hooks & set(seams.SCHEDULER_HOOKS)
+    assert ours <= hooks if schedulers else not hooks & set(seams.SCHEDULER_HOOKS)
 
 
 def test_a_hook_that_did_not_take_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,25 +168,34 @@ def test_a_hook_that_did_not_take_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-def test_the_process_ends_with_the_sentence(pair: Path) -> None:
+def test_the_process_ends_with_the_sentence(pair: Path, tmp_path: Path) -> None:
     launchers = {
         "python -m": ("-m", "sglang.launch_server"),
         "serve": ("-c", "from sglang.cli.main import main; main()", "serve"),
     }
+    without_a_seam = {"PYTHONPATH": f"{ROOT}:{install(tmp_path, 'unhooked')}"}
     runs = [
-        (launchers["python -m"], (str(pair / "base"),), "lenvm: .*no `lenvm` block"),
-        (launchers["serve"], (str(pair / "lenvm"), "--enable-mixed-chunk"), "lenvm: .*enable_mixed_chunk"),
+        (launchers["python -m"], (str(pair / "base"),), {}, 1, "^lenvm: .*no `lenvm` block"),
+        (launchers["serve"], (str(pair / "lenvm"), "--enable-mixed-chunk"), {}, 1, "^lenvm: .*enable_mixed_chunk"),
+        (
+            launchers["serve"],
+            (str(pair / "lenvm"),),
+            without_a_seam,
+            1,
+            r"^lenvm: .* no .*Scheduler\.init_memory_pools",
+        ),
+        (launchers["python -m"], (str(pair / "lenvm"),), {OFF_SWITCH: "1"}, 2, "unrecognized arguments: --lenvm-model"),
     ]
 
-    def run(case: Any) -> tuple[int, str, str]:
-        launcher, flags, message = case
+    def run(case: Any) -> tuple[Any, ...]:
+        launcher, flags, extra, code, message = case
         command = [sys.executable, *launcher, "--model-path", str(pair / "base"), *COMMON, "--lenvm-model", *flags]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280, check=False)
-        return done.returncode, done.stderr, message
+        done = subprocess.run(
+            command, env=environment(**extra), capture_output=True, text=True, timeout=280, check=False
+        )
+        return done.returncode, code, done.stderr, message
 
     with ThreadPoolExecutor(2) as pool:
-        for code, stderr, message in pool.map(run, runs):
-            import re
-
-            assert code == 1
+        for code, expected, stderr, message in pool.map(run, runs):
+            assert code == expected, stderr[-2000:]
             assert re.search(message, stderr.strip().splitlines()[-1]), stderr[-2000:]

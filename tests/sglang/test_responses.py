@@ -24,6 +24,7 @@ def client(guided: Server) -> OpenAI:
     return OpenAI(base_url=guided.url + "/v1", api_key="none")
 
 
+@pytest.mark.floor
 def test_chat(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         model="m", messages=MESSAGES, temperature=1, extra_body={"length_target": 13, "length_strict": True}
@@ -38,6 +39,7 @@ def test_chat(client: OpenAI) -> None:
     assert answer.choices[0].model_extra["lenvm"] == report  # type: ignore[index]
 
 
+@pytest.mark.floor
 @pytest.mark.parametrize("usage", [False, True])
 def test_chat_stream(client: OpenAI, usage: bool) -> None:
     stream = client.chat.completions.create(
@@ -75,6 +77,7 @@ def test_completions_stream_of_a_batch(client: OpenAI) -> None:
     assert all(c.model_extra["lenvm"]["achieved"] == 6 for c in finished.values())  # type: ignore[index]
 
 
+@pytest.mark.floor
 def test_n_answers_differ_even_with_a_seed_and_repeat(client: OpenAI) -> None:
     def ask() -> list[str]:
         answer = client.chat.completions.create(
@@ -93,6 +96,7 @@ def test_n_answers_differ_even_with_a_seed_and_repeat(client: OpenAI) -> None:
     assert ask() == first
 
 
+@pytest.mark.floor
 def test_requests_without_fields_are_left_alone(client: OpenAI, guided: Server) -> None:
     answer = client.chat.completions.create(model="m", messages=MESSAGES, max_tokens=5)
     assert "lenvm" not in (answer.model_extra or {})
@@ -100,6 +104,7 @@ def test_requests_without_fields_are_left_alone(client: OpenAI, guided: Server) 
     assert "lenvm" not in body["choices"][0]
 
 
+@pytest.mark.floor
 def test_logprobs_are_the_base_models(guided: Server, reference: Reference) -> None:
     """Of guided rows too: log softmax of the base logits over the whole vocabulary, at the request's temperature."""
     (prompt,) = prompts(1, seed=20)
@@ -147,6 +152,7 @@ def test_generate_takes_fields_in_every_place(guided: Server) -> None:
     assert [x["lenvm"]["achieved"] for x in top] == [4, 4]
 
 
+@pytest.mark.floor
 def test_generate_stream_ends_with_the_report(guided: Server) -> None:
     body = {"text": "hello", "sampling_params": {"max_new_tokens": 20}, "stream": True}
     fields = {"length_target": 6, "length_strict": True}
@@ -156,6 +162,7 @@ def test_generate_stream_ends_with_the_report(guided: Server) -> None:
     assert all("lenvm" not in e for e in events[:-1])
 
 
+@pytest.mark.floor
 def test_info(guided: Server, plain: Server) -> None:
     info = httpx.get(guided.url + "/lenvm/info").json()
     assert info["architecture"] == "Qwen2ForLengthValue"
@@ -164,6 +171,7 @@ def test_info(guided: Server, plain: Server) -> None:
     assert httpx.get(plain.url + "/lenvm/info").status_code == 404
 
 
+@pytest.mark.floor
 def test_predict(guided: Server, reference: Reference) -> None:
     asked = prompts(3, seed=22)
     data = guided.post("/lenvm/predict", {"prompt": asked}).json()["data"]

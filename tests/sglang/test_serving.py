@@ -43,6 +43,7 @@ def together(
         return list(pool.map(lambda a: server.generate(a[0], limit, a[1]), asked))
 
 
+@pytest.mark.floor
 def test_guided_greedy_equals_transformers_in_one_mixed_batch(guided: Server, reference: Reference) -> None:
     asked = list(zip(prompts(len(FIELDS), seed=1, shared=40), FIELDS, strict=True))
     answers = together(guided, asked)
@@ -54,6 +55,7 @@ def test_guided_greedy_equals_transformers_in_one_mixed_batch(guided: Server, re
     assert steered >= 8, "guidance hardly changed anything, so the comparison proves little"
 
 
+@pytest.mark.floor
 def test_stress_chunked_prefill_and_retraction(stressed: Server, mixed_reference: Reference) -> None:
     """Llama base, Qwen3 LenVM, chunks of 16 tokens, the host retracting requests all the time."""
     asked = list(zip(prompts(len(FIELDS), seed=2, shared=40), FIELDS, strict=True))
@@ -63,6 +65,7 @@ def test_stress_chunked_prefill_and_retraction(stressed: Server, mixed_reference
     assert sum(a["meta_info"]["num_retractions"] for a in answers) > 0, "nothing was retracted: the test tests nothing"
 
 
+@pytest.mark.floor
 def test_unguided_rows_are_those_of_a_server_without_lenvm(guided: Server, plain: Server) -> None:
     texts = prompts(10, seed=3)
     mixed = [(p, {"length_target": 12} if i % 2 else None) for i, p in enumerate(texts)]
@@ -85,6 +88,7 @@ def test_unguided_logits_are_bit_equal_to_those_without_lenvm(guided: Server, pl
             assert ours["meta_info"][field] == theirs["meta_info"][field], field
 
 
+@pytest.mark.floor
 def test_prefixes_are_reused_within_guided_requests_only(guided: Server, reference: Reference) -> None:
     fields = {"length_target": 14}
     (first,) = prompts(1, seed=4)
@@ -115,6 +119,7 @@ def test_a_client_cannot_enter_the_namespace(guided: Server, reference: Referenc
         guided.post("/generate", body)
 
 
+@pytest.mark.floor
 def test_values_are_those_of_transformers(guided: Server, reference: Reference) -> None:
     (prompt,) = prompts(1, seed=7)
     for fields in ({"return_length_values": True}, {"return_length_values": True, "length_target": 5}):
@@ -130,6 +135,7 @@ def test_values_are_those_of_transformers(guided: Server, reference: Reference) 
         assert report["quantiles"]["p10"] <= report["quantiles"]["p50"] <= report["quantiles"]["p90"]
 
 
+@pytest.mark.floor
 def test_strict_means_exact_counts_whatever_the_temperature(guided: Server) -> None:
     checks = {"equal_to": int.__eq__, "at_most": int.__le__, "at_least": int.__ge__}
     asked = [
@@ -146,6 +152,7 @@ def test_strict_means_exact_counts_whatever_the_temperature(guided: Server) -> N
             assert answer["meta_info"]["finish_reason"]["type"] == "stop"
 
 
+@pytest.mark.floor
 def test_grammar_is_kept(guided: Server) -> None:
     """The mask comes first: a length target chooses among what it allows."""
     for target in (2, 6, 12):
@@ -196,6 +203,7 @@ def test_max_tokens_cuts_and_says_so(guided: Server) -> None:
     assert answer["meta_info"]["completion_tokens"] <= 3
 
 
+@pytest.mark.floor
 def test_aborted_requests_leave_nothing_behind(guided: Server, reference: Reference) -> None:
     import httpx
 
