@@ -234,7 +234,11 @@ def check_images(request: LengthRequest, images: Any, sees_images: bool) -> None
     Raises:
         LengthFieldError: saying what to do.
     """
-    if images is None or images == []:
+    if isinstance(images, list):
+        for one in images:
+            check_images(request, one, sees_images)
+        return
+    if images is None:
         return
     name = steering_field(request)
     if not sees_images:
@@ -243,10 +247,7 @@ def check_images(request: LengthRequest, images: Any, sees_images: bool) -> None
             f"{name} does not work with images on this server, whose length value model reads text only; drop the "
             "images, or serve a vision-language length value model.",
         )
-    if isinstance(images, list):
-        for one in images:
-            check_images(request, one, sees_images)
-    elif isinstance(images, dict) and "format" in images:
+    if isinstance(images, dict) and "format" in images:
         raise LengthFieldError(
             name, f"{name} does not work with image features of format {images['format']!r}; send the image itself."
         )

@@ -131,7 +131,7 @@ def _into_custom_params(
 
 
 def _parts(body: Fields) -> dict[str, bool]:
-    """The kinds of content parts in a conversation's messages, as a set that `check_companions` reads."""
+    """The kinds of content parts in a conversation's messages, as `check_companions` takes them."""
     messages = body.get("messages")
     contents = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
     parts = [part for content in contents if isinstance(content, list) for part in content]

@@ -250,3 +250,4 @@ def test_images_beside_a_value_model_that_reads_text_are_refused() -> None:
             lift_fields({**body, "length_bias": 1.0}, path, served=True)
         assert lift_fields({**body, "length_bias": 1.0}, path, served=True, sees_images=True)
         assert not lift_fields(body, path, served=True)
+    assert lift_fields({"text": "x", "image_data": [None], "length_bias": 1.0}, GENERATE, served=True)
