@@ -207,9 +207,7 @@ def check_companions(request: LengthRequest, *, beam_width: int | None = None, s
     Raises:
         LengthFieldError: naming both.
     """
-    name = "return_length_values"
-    if request.steers:
-        name = "length_bias" if request.target is None else "length_target"
+    name = steering_field(request)
     if beam_width is not None and beam_width > 1:
         raise LengthFieldError(name, f"{name} does not work with beam search; drop beam_width {beam_width}.")
     if request.strict and stops_on_text:
@@ -223,11 +221,17 @@ def check_companions(request: LengthRequest, *, beam_width: int | None = None, s
             raise LengthFieldError(name, f"{name} does not work with {field} yet; drop one of them.")
 
 
+def steering_field(request: LengthRequest) -> str:
+    """The field that a refusal names."""
+    if not request.steers:
+        return "return_length_values"
+    return "length_bias" if request.target is None else "length_target"
+
+
 UNSUPPORTED_COMPANIONS = (
     "session_params",
     "session_id",
     "input_embeds",
-    "image_data",
     "audio_data",
     "video_data",
     "return_sampling_mask",
@@ -236,7 +240,37 @@ UNSUPPORTED_COMPANIONS = (
 """Fields of `/generate` and of the host's request object that exclude length fields."""
 
 
-def lift_engine_fields(obj: Any, served: bool) -> None:
+def check_images(request: LengthRequest, images: Any, sees_images: bool) -> None:
+    """Refuse images that the value model cannot read.
+
+    Args:
+        images: as the host takes them: None, one, a list, or a list of lists; a dict holds what another process made
+            of an image, for the base model alone.
+        sees_images: the value model has a vision tower.
+
+    Raises:
+        LengthFieldError: saying what to do.
+    """
+    if isinstance(images, list):
+        for one in images:
+            check_images(request, one, sees_images)
+        return
+    if images is None:
+        return
+    name = steering_field(request)
+    if not sees_images:
+        raise LengthFieldError(
+            name,
+            f"{name} does not work with images on this server, whose length value model reads text only; drop the "
+            "images, or serve a vision-language length value model.",
+        )
+    if isinstance(images, dict) and "format" in images:
+        raise LengthFieldError(
+            name, f"{name} does not work with image features of format {images['format']!r}; send the image itself."
+        )
+
+
+def lift_engine_fields(obj: Any, served: bool, sees_images: bool = False) -> None:
     """Move length fields found among a host request's sampling parameters (as `Engine.generate` takes them) into
     `custom_params`, and refuse what cannot go with them. Requests that came over HTTP have been through this.
 
@@ -254,6 +288,7 @@ def lift_engine_fields(obj: Any, served: bool) -> None:
         request = parse_fields(custom, served) if isinstance(custom, dict) else None
         if request is not None:
             check_companions(request, other={n: getattr(obj, n, None) for n in UNSUPPORTED_COMPANIONS})
+            check_images(request, getattr(obj, "image_data", None), sees_images)
 
 
 def state_of(req: Any) -> RequestState | None:

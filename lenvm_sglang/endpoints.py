@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -26,8 +26,22 @@ from lenvm_sglang.schemas import (
 )
 
 T = TypeVar("T")
-ChatPrompt = Callable[[Any, Any], "list[int] | str"]
-"""From the application and a ChatCompletionRequest to the prompt that the host makes of it."""
+ChatPrompt = Callable[[Any, Any], "tuple[list[int] | str, Any]"]
+"""From the application and a ChatCompletionRequest to the prompt that the host makes of it, and its images."""
+
+
+class Prompt(NamedTuple):
+    """What the value model is to read.
+
+    Attributes:
+        ids: token ids; of a prompt with images None.
+        text: of a prompt with images, which the host puts into it.
+        images: as the host takes them.
+    """
+
+    ids: list[int] | None
+    text: str | None = None
+    images: Any = None
 
 
 class ValueModelError(RuntimeError):
@@ -62,8 +76,8 @@ class Host:
             return completion
         return list(self.tokenizer_manager.tokenizer.encode(completion, add_special_tokens=False))
 
-    def chat_ids(self, messages: list[Message], template: dict[str, Any] | None) -> list[int]:
-        """Token ids of a conversation.
+    def chat(self, messages: list[Message], template: dict[str, Any] | None) -> Prompt:
+        """A conversation as the model is to read it.
 
         Raises:
             ValueError: the host refuses it.
@@ -71,8 +85,24 @@ class Host:
         from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 
         chat = ChatCompletionRequest(model="default", messages=messages, max_tokens=1, chat_template_kwargs=template)
-        prompt = self.chat_prompt(self.app, chat)
-        return self.text_ids(prompt) if isinstance(prompt, str) else list(prompt)
+        prompt, images = self.chat_prompt(self.app, chat)
+        if images is not None:
+            assert isinstance(prompt, str), "the host puts images into a text"
+            return Prompt(None, prompt, images)
+        return Prompt(self.text_ids(prompt) if isinstance(prompt, str) else list(prompt))
+
+    def chat_ids(self, messages: list[Message], template: dict[str, Any] | None) -> list[int]:
+        """Token ids of a conversation without images.
+
+        Raises:
+            ValueError: the host refuses it, or it has images.
+        """
+        ids = self.chat(messages, template).ids
+        if ids is None:
+            raise ValueError(
+                "/lenvm/values does not read images yet; leave them out, or ask for return_length_values in a request."
+            )
+        return ids
 
     def check(self, ids: Sequence[int], what: str) -> None:
         """Refuse what the model cannot read, and lengths that leave no room for a token.
@@ -91,17 +121,18 @@ class Host:
                 f"{self.context_length - 1}."
             )
 
-    async def read(self, ids: list[int], request: Any) -> dict[str, Any]:
-        """One request that reads `ids` and draws a token nobody wants; its `lenvm` object."""
+    async def read(self, prompt: Prompt, request: Any) -> dict[str, Any]:
+        """One request that reads a prompt and draws a token nobody wants; its `lenvm` object and `prompt_tokens`."""
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         params = {"temperature": 0.0, "max_new_tokens": 1, "custom_params": {"return_length_values": True}}
         outputs: AsyncIterator[dict[str, Any]] = self.tokenizer_manager.generate_request(
-            GenerateReqInput(input_ids=ids, sampling_params=params), request
+            GenerateReqInput(input_ids=prompt.ids, text=prompt.text, image_data=prompt.images, sampling_params=params),
+            request,
         )
         async for out in outputs:
             if REPORT_KEY in out:
-                report = dict(out[REPORT_KEY])
+                report = {**out[REPORT_KEY], "prompt_tokens": out["meta_info"]["prompt_tokens"]}
                 if None in (report.get("predicted_length", 0), *(x for row in report.get("sequence", ()) for x in row)):
                     raise ValueModelError("the length value model gave NaN or infinity for this prompt.")
                 return report
@@ -167,24 +198,28 @@ def page() -> str:
 async def _predict(host: Host, raw: bytes, request: Any) -> list[Prediction]:
     """Raises: ValueError, what the client must be told."""
 
-    def prompts() -> list[list[int]]:
+    def prompts() -> list[Prompt]:
         body = PredictRequest.model_validate_json(raw)
         conversations = body.conversations if body.messages is None else [body.messages]
         if conversations is not None:
-            found = [host.chat_ids(messages, body.chat_template_kwargs) for messages in conversations]
+            found = [host.chat(messages, body.chat_template_kwargs) for messages in conversations]
         else:
             prompt: Any = body.prompt
             many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-            found = [host.text_ids(p) if isinstance(p, str) else p for p in many]
-        for i, ids in enumerate(found):
-            host.check(ids, f"prompt {i}")
+            found = [Prompt(host.text_ids(p) if isinstance(p, str) else p) for p in many]
+        for i, one in enumerate(found):
+            if one.ids is not None:
+                host.check(one.ids, f"prompt {i}")
         return found
 
     asked = await asyncio.to_thread(prompts)
-    reports = await _all(host.read(ids, request) for ids in asked)
+    reports = await _all(host.read(one, request) for one in asked)
     return [
         Prediction(
-            index=i, predicted_length=r["predicted_length"], quantiles=r["quantiles"], prompt_tokens=len(asked[i])
+            index=i,
+            predicted_length=r["predicted_length"],
+            quantiles=r["quantiles"],
+            prompt_tokens=r["prompt_tokens"],
         )
         for i, r in enumerate(reports)
     ]
@@ -205,7 +240,7 @@ async def _values(host: Host, raw: bytes, request: Any) -> list[Values]:
 
     async def one(prompt: list[int], completion: list[int]) -> list[list[float]]:
         admission.sequence_from.set(len(prompt) - 1)  # this task's alone
-        rows = (await host.read(prompt + completion, request))["sequence"]
+        rows = (await host.read(Prompt(prompt + completion), request))["sequence"]
         if len(rows) != len(completion) + 1:
             raise RuntimeError(f"lenvm: {len(rows)} states of a completion of {len(completion)} tokens came back.")
         return list(rows)

@@ -100,7 +100,8 @@ class LookaheadWorker(ValueWorker):
     def _read_token(self, batch: Any, rows: LengthRows, place: Place) -> Tensor:
         """The value model's states [R, H] after the token that each row was just fed."""
         slots, lengths = place.slots, place.take(batch.seq_lens).long()
-        token = decode_batch(place.take(batch.input_ids), lengths - 1, place.take(batch.out_cache_loc).long())
+        new = place.take(batch.out_cache_loc).long()
+        token = decode_batch(place.take(batch.input_ids), lengths - 1, new, place.shift)
         if isinstance(self.candidates, SharedPrefixBackend):
             mirror = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
             self.candidates.prepare(slots, lengths - 1, int(mirror[rows.index].max()), token.out_cache_loc[:, None])
@@ -129,6 +130,7 @@ class AttachedWorker:
     """A head on the base model's own hidden state. The host is told to keep those states (`settings.attach_states`)."""
 
     reads_base = True
+    sees_images = False
     own_prefixes = False
     """A cached prefix serves requests with and without length fields alike: there is no value KV."""
 

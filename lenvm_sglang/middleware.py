@@ -17,6 +17,7 @@ from lenvm_sglang.admission import (
     UNSUPPORTED_COMPANIONS,
     check_companions,
     check_custom_params,
+    check_images,
     check_scope,
     parse_fields,
 )
@@ -39,6 +40,9 @@ UNSUPPORTED_PATHS = (
     "/generate_from_file",
 )
 """Other ways to generate; length fields there are refused rather than ignored."""
+UNSUPPORTED_PARTS = ("video_url", "audio_url", "input_audio")
+IMAGE_PARTS = ("image_url", "input_image")
+"""Kinds of content parts of a message: those that exclude length fields, and images."""
 _MARKS = (b'"length_', b'"return_length_values"', b'"lenvm')
 _DEFAULT_MAX_TOKENS = {COMPLETIONS: 16, GENERATE: 128}
 
@@ -126,7 +130,16 @@ def _into_custom_params(
     return True
 
 
-def lift_fields(body: Any, path: str, served: bool, context_length: int = 1 << 62, thinks: bool = False) -> bool:
+def _parts(body: Fields) -> dict[str, bool]:
+    """The kinds of content parts in a conversation's messages, as `check_companions` takes them."""
+    messages = body.get("messages")
+    contents = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return {str(part.get("type")): True for part in parts if isinstance(part, dict)}
+
+
+def lift_fields(body: Any, path: str, served: bool, context_length: int = 1 << 62, thinks: bool = False,
+                sees_images: bool = False) -> bool:  # fmt: skip
     """Check a request body's length fields and move them into `custom_params`, in place.
 
     Args:
@@ -135,6 +148,7 @@ def lift_fields(body: Any, path: str, served: bool, context_length: int = 1 << 6
         served: whether the server has a length value model.
         context_length: of the server, in tokens.
         thinks: it knows the tags of the base model's thinking.
+        sees_images: its value model reads images.
 
     Returns:
         Whether the request (or one of its batch) carries length fields.
@@ -146,7 +160,14 @@ def lift_fields(body: Any, path: str, served: bool, context_length: int = 1 << 6
         return False
     given = _take(body)
     if path != GENERATE:
-        return _into_custom_params(body, given, served, path, context_length, thinks)
+        carries = _into_custom_params(body, given, served, path, context_length, thinks)
+        if carries and path == CHAT:
+            request = LengthRequest.parse(body["custom_params"])
+            assert request is not None
+            parts = _parts(body)
+            check_companions(request, other={part: parts.get(part) for part in UNSUPPORTED_PARTS})
+            check_images(request, [part for part in IMAGE_PARTS if part in parts], sees_images)
+        return carries
     other = {n: body.get(n) for n in UNSUPPORTED_COMPANIONS}
     params = body.get("sampling_params")
     if params is None and given:
@@ -159,6 +180,7 @@ def lift_fields(body: Any, path: str, served: bool, context_length: int = 1 << 6
                 request = LengthRequest.parse(one["custom_params"])
                 assert request is not None
                 check_companions(request, other=other)
+                check_images(request, body.get("image_data"), sees_images)
             found = found or carries
     return found
 
@@ -170,13 +192,17 @@ class LengthFieldsMiddleware:
         served: whether the server has a length value model.
         context_length: of the server, in tokens.
         thinks: it knows the tags of the base model's thinking.
+        sees_images: its value model reads images.
     """
 
-    def __init__(self, app: Any, served: bool, context_length: int, thinks: bool = False) -> None:
+    def __init__(
+        self, app: Any, served: bool, context_length: int, thinks: bool = False, sees_images: bool = False
+    ) -> None:
         self.app = app
         self.served = served
         self.context_length = context_length
         self.thinks = thinks
+        self.sees_images = sees_images
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         path = scope.get("path", "").rstrip("/")
@@ -228,7 +254,7 @@ class LengthFieldsMiddleware:
                     fields[0], f"{fields[0]} is not supported on {path}; use {CHAT}, {COMPLETIONS} or {GENERATE}."
                 )
             return raw, False
-        guided = lift_fields(body, path, self.served, self.context_length, self.thinks)
+        guided = lift_fields(body, path, self.served, self.context_length, self.thinks, self.sees_images)
         return (json.dumps(body).encode(), True) if guided else (raw, False)
 
 

@@ -72,6 +72,7 @@ class Place:
         strict: one of them has `length_strict`.
         reach: how many of the most probable tokens have to be ordered for them.
         reported: those that report the length after each token; None for none of them.
+        shift: [R] int64 their `rotary_shift`; None where all are 0.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class Place:
         # the states are on the host: with no top-k on, ordering K tokens is enough
         self.reach = max([width, *(s.top_k for s in rows.states if s.top_k < vocabulary)])
         wanted = [i for i, s in enumerate(rows.states) if s.request.return_values]
+        shifts = [s.rotary_shift for s in rows.states]
+        self.shift = to_device(shifts, torch.int64, device) if any(shifts) else None
         self.reported: Reported | None = None
         if wanted:
             part = None if len(wanted) == len(rows.states) else to_device(wanted, torch.int64, device)
@@ -146,6 +149,18 @@ class Reported:
     index: list[int]
     states: list[RequestState]
     part: Tensor | None
+
+
+class Seen(NamedTuple):
+    """A prompt with images as the base model was given it, whose forward forgets both.
+
+    Attributes:
+        input_ids: [T] a hash of its image in the place of every image token.
+        images: for each row of the batch its images, the host's object, or None.
+    """
+
+    input_ids: Tensor
+    images: list[Any]
 
 
 class Read(NamedTuple):

@@ -43,6 +43,7 @@ class Process:
         step: the sampling step under way in a scheduler process.
         metrics: of the front end's process, with `--enable-metrics`.
         longest: in a front end's process, most tokens of prompt and completion together.
+        sees_images: in a front end's process, the value model reads the images of a prompt.
         think_tags: of the base model, where a reasoning parser names them.
         hooks: those installed in this process; None before that.
     """
@@ -53,6 +54,7 @@ class Process:
     step: Any = None
     metrics: RequestMetrics | None = None
     longest: int = 0
+    sees_images: bool = False
     think_tags: ThinkTags | None = None
     hooks: tuple[Hook, ...] | None = None
 
@@ -100,6 +102,7 @@ def launch_subprocesses(original: Callable[..., Any], cls: type, server_args: An
         for info in getattr(part, "scheduler_infos", None) or ():
             if (ours := info.get("lenvm")) is not None:
                 process.longest = ours["max_request_tokens"]
+                process.sees_images = ours["images"]
                 process.think_tags = ours["think_tags"] and ThinkTags(*ours["think_tags"])
     return started
 
@@ -114,7 +117,7 @@ def check_start(server_args: Any, ours: Settings) -> None:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.environ import envs
 
-    from lenvm_sglang.model import check_architecture
+    from lenvm_sglang.model import check_architecture, check_vision
     from lenvm_sglang.worker import architecture_of
 
     server_args.resolve_once()
@@ -123,15 +126,17 @@ def check_start(server_args: Any, ours: Settings) -> None:
     if envs.SGLANG_RUST_SERVER.get():
         raise StartError("--lenvm-model does not work with SGLANG_RUST_SERVER yet; unset it.")
     base = ModelConfig.from_server_args(server_args)
-    if base.is_multimodal:
-        raise StartError("--lenvm-model does not serve multimodal base models yet; serve a text model.")
     tokenizer = resolved.tokenizer_path or resolved.model_path
+    if base.is_multimodal and settings.looks_ahead(ours):
+        raise StartError("a lookahead head is served beside text models only; serve one, or a LenVM without it.")
     if settings.is_attached(ours):
         settings.refuse_adapters(resolved)
         settings.check_attached(ours, tokenizer, resolved.model_path)
         return
     settings.check_checkpoint(ours, tokenizer, base.context_len)
-    check_architecture(architecture_of(ours.model))
+    architecture = architecture_of(ours.model)
+    check_architecture(architecture)
+    check_vision(ours.model, architecture, base.hf_config, base.is_multimodal)
 
 
 def setup_http(original: Callable[..., Any], server_args: Any, tokenizer_manager: Any, template_manager: Any,
@@ -155,6 +160,7 @@ def setup_http(original: Callable[..., Any], server_args: Any, tokenizer_manager
             served=process.served,
             context_length=context_length,
             thinks=process.think_tags is not None,
+            sees_images=process.sees_images,
         )
     )
     if process.served:
@@ -215,7 +221,7 @@ async def generate_request(
         if process.served:
             prompts = obj.input_ids if obj.text is None else obj.text
             obj.sampling_params = admission.check_sampling_list(obj.sampling_params, prompts)
-        admission.lift_engine_fields(obj, process.served)
+        admission.lift_engine_fields(obj, process.served, process.sees_images)
     async with aclosing(original(self, obj, request)) as outputs:
         async for out in outputs:
             for position, one in enumerate(out if isinstance(out, list) else [out]):
@@ -246,8 +252,8 @@ def send_one_request(self: Any, tokenized: Any) -> None:
     admission.mark_sequence(tokenized)
 
 
-def chat_prompt(app: Any, chat: Any) -> list[int] | str:
-    """The prompt that the host makes of a ChatCompletionRequest: token ids, or text.
+def chat_prompt(app: Any, chat: Any) -> tuple[list[int] | str, Any]:
+    """The prompt that the host makes of a ChatCompletionRequest: token ids, or text; and its images, if any.
 
     Raises:
         ValueError: the host refuses the conversation.
@@ -260,7 +266,10 @@ def chat_prompt(app: Any, chat: Any) -> list[int] | str:
         internal, _ = serving._convert_to_internal_request(chat)
     except Exception as error:  # a template may raise anything over what a client wrote
         raise ValueError(f"the chat template refuses this conversation ({type(error).__name__}: {error}).") from error
-    return internal.input_ids if internal.input_ids is not None else internal.text
+    for kind in ("video", "audio"):
+        if getattr(internal, f"{kind}_data"):
+            raise ValueError(f"the length value model does not read {kind} yet; leave it out.")
+    return internal.input_ids if internal.input_ids is not None else internal.text, internal.image_data or None
 
 
 # ----- scheduler: building ------------------------------------------------------------------------------------------
@@ -380,7 +389,7 @@ def forward_batch(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any)
     """AFTER ForwardBatch.init_new: which rows carry length fields."""
     if process.worker is None:
         return
-    from lenvm_sglang.rows import LengthRows
+    from lenvm_sglang.rows import LengthRows, Seen
 
     if process.worker.reads_base:
         from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
@@ -396,6 +405,8 @@ def forward_batch(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any)
             continue
         if not decode:
             state.prompt_tokens = len(req.origin_input_ids)  # the host may have truncated it since admission
+            if req.multimodal_inputs is not None:
+                state.rotary_shift = int(req.multimodal_inputs.mrope_position_delta.item())
         if state.scope is not None and state.scope.read(req.output_ids) and decode:
             moved.append(len(index))
         index.append(i)
@@ -407,6 +418,9 @@ def forward_batch(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any)
         draws.append(whole and req.sampling_params.max_new_tokens != 0 and state.sequence_from is None)
     result.lenvm_requests = [batch.reqs[i] for i in index]
     result.lenvm_rows = LengthRows(index, states, draws, steered, moved) if index else None
+    result.lenvm_seen = None
+    if not decode and process.worker.sees_images and any(result.mm_inputs[i] is not None for i in index):
+        result.lenvm_seen = Seen(result.input_ids.clone(), list(result.mm_inputs))
 
 
 def model_forward(result: Any, self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:

@@ -161,6 +161,9 @@ REFUSALS = (
     Refusal("grpc_mode", (False,), "use the HTTP server"),
     Refusal("grpc_port", (None,), "use the HTTP server"),
     Refusal("use_ray", (False,), "drop --use-ray"),
+    Refusal("mm_enable_dp_encoder", (False, None), "drop --mm-enable-dp-encoder"),
+    Refusal("enable_mm_global_cache", (False, None), "drop --enable-mm-global-cache"),
+    Refusal("enable_adaptive_dispatch_to_encoder", (False, None), "drop --enable-adaptive-dispatch-to-encoder"),
     Refusal("encoder_only", (False,), "serve the whole model"),
     Refusal("language_only", (False,), "serve the whole model"),
     Refusal("rl_on_policy_target", (None,), "drop --rl-on-policy-target"),
@@ -228,12 +231,23 @@ def check_checkpoint(settings: Settings, base_path: str, context_length: int) ->
 
 def is_attached(settings: Settings) -> bool:
     """Whether the checkpoint is a head on the base model's own state; False where it cannot be read at all."""
+    lenvm = _readable(settings)
+    return lenvm is not None and bool(lenvm.attached)
+
+
+def looks_ahead(settings: Settings) -> bool:
+    """Whether it has a lookahead head, attached or not; False where it cannot be read at all."""
+    lenvm = _readable(settings)
+    return lenvm is not None and lenvm.has_lookahead_head
+
+
+def _readable(settings: Settings) -> LenvmConfig | None:
     from lenvm.format import LenvmFormatError
 
     try:
-        return bool(read_lenvm_config(settings.model).attached)
+        return read_lenvm_config(settings.model)
     except LenvmFormatError:  # `check_checkpoint` says what is wrong
-        return False
+        return None
 
 
 def keep_states(server_args: Any) -> None:

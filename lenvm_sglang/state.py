@@ -31,6 +31,8 @@ class RequestState:
         stop_token_ids: ids that end the answer; empty under `ignore_eos`.
         temperature, top_k, top_p, min_p: the base model's own sampling settings.
         greedy: the host would take the arg max (temperature 0).
+        rotary_shift: what the rotary position of a completion's token is above its place in the sequence: images take
+            fewer positions than tokens, so it is at most 0. Known once the prompt is read.
         scope: where it stands between thinking and answer; None if the target counts the whole completion.
         predicted_length: expected completion length at the prompt boundary, in tokens; None until the prompt was read.
         quantiles: of the completion length at the prompt boundary, in tokens.
@@ -54,6 +56,7 @@ class RequestState:
     top_p: float
     min_p: float
     greedy: bool
+    rotary_shift: int = 0
     scope: Scope | None = None
     predicted_length: float | None = None
     quantiles: list[float | None] = field(default_factory=list)

@@ -7,13 +7,17 @@ A candidate forward writes the KV of a row's K candidates there; `remember` note
 host feeds that token in its next step, `follow` copies the KV to the slot the token got. Requests with length fields
 have a radix-tree namespace of their own (`lenvm_sglang.admission`), so that a reused prefix always has value KV, and
 requests without length fields are neither prefilled nor scored here.
+
+A value model that reads images reads those of the prompt through its own vision tower. SGLang keeps what a tower made
+of an image under the image's hash, in a cache of the process; the value model's tower has a cache of its own.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +28,8 @@ from lenvm.candidates import Candidates
 from lenvm.format import LenvmConfig, read_lenvm_config
 from lenvm.guidance import Scores
 from lenvm_sglang.attention import SharedPrefixBackend
-from lenvm_sglang.model import register_architecture
-from lenvm_sglang.rows import LengthRows, Place, Places, Read
+from lenvm_sglang.model import reads_images, register_architecture
+from lenvm_sglang.rows import LengthRows, Place, Places, Read, Seen
 from lenvm_sglang.settings import Settings, StartError
 from lenvm_sglang.state import RowTable, to_device
 from lenvm_sglang.versions import bind_slots
@@ -47,6 +51,7 @@ class ValueWorker:
 
     Attributes:
         reads_base: the host must keep the base model's hidden states.
+        sees_images: the value model has a vision tower.
         own_prefixes: cached prefixes of requests with length fields are kept apart, because they have value KV.
         ahead: where the checkpoint has a lookahead head (`lenvm_sglang.lookahead`), what scores from one state.
     """
@@ -62,7 +67,10 @@ class ValueWorker:
         self.settings = settings
         self.lenvm: LenvmConfig = read_lenvm_config(settings.model)
         self.base = scheduler.tp_worker.model_runner
-        register_architecture(architecture_of(settings.model))
+        architecture = architecture_of(settings.model)
+        register_architecture(architecture)
+        self.sees_images = reads_images(architecture)
+        self.embeddings: Any = None
         self.runner = ModelRunner(
             model_config=value_config(settings, scheduler.server_args, self.base.model_config.context_len),
             mem_fraction_static=get_schedule().mem_fraction_static,
@@ -79,7 +87,8 @@ class ValueWorker:
 
     def info(self) -> dict[str, Any]:
         """What `GET /lenvm/info` says of the value model."""
-        return describe(self.settings, architecture_of(self.settings.model), self.width, self.lenvm)
+        architecture = architecture_of(self.settings.model)
+        return describe(self.settings, architecture, self.width, self.lenvm, self.sees_images)
 
     # ----- memory ---------------------------------------------------------------------------------------------------
 
@@ -239,7 +248,7 @@ class ValueWorker:
             return self._score_in_parts(place, sequence_lengths, mirror, candidates.token_ids, value)
         own = place.scratch[:, :width]
         tokens, slots = candidates.token_ids.flatten(), own.flatten()
-        positions = sequence_lengths.long()[:, None].expand(rows, width).reshape(-1)
+        positions, shift = candidate_positions(sequence_lengths, place.shift, width)
         fed = None
         if self.waits_for_nobody and width > 1:
             kept = candidates.kept
@@ -249,9 +258,11 @@ class ValueWorker:
                 fed = None
             else:
                 tokens, positions, slots = tokens[fed], positions[fed], slots[fed]
+                shift = None if shift is None else shift[fed]
                 own = own.masked_fill(~kept, 0)
         self.candidates.prepare(place.slots, sequence_lengths, int(mirror.max()), own, fed)
-        scores = self.runner.model.scores(self._forward(decode_batch(tokens, positions, slots), self.candidates), value)
+        batch = decode_batch(tokens, positions, slots, shift)
+        scores = self.runner.model.scores(self._forward(batch, self.candidates), value)
 
         def spread(x: Tensor) -> Tensor:
             if fed is not None:
@@ -270,6 +281,7 @@ class ValueWorker:
             self._score_part(
                 place.slots[part],
                 place.scratch[part, :width],
+                None if place.shift is None else place.shift[part],
                 sequence_lengths[part],
                 mirror[part],
                 token_ids[part],
@@ -282,14 +294,13 @@ class ValueWorker:
         log_q = [p.length_log_q for p in parts if p.length_log_q is not None]
         return Scores(torch.cat([p.z for p in parts]), torch.cat(log_q) if log_q else None)
 
-    def _score_part(
-        self, slots: Tensor, own: Tensor, sequence_lengths: Tensor, mirror: Tensor, token_ids: Tensor, value: bool
-    ) -> Scores:
+    def _score_part(self, slots: Tensor, own: Tensor, shift: Tensor | None, sequence_lengths: Tensor, mirror: Tensor,
+                    token_ids: Tensor, value: bool) -> Scores:  # fmt: skip
         assert self.virtual is not None
         rows, width = token_ids.shape
         count = rows * width
-        positions = sequence_lengths.long()[:, None].expand(rows, width).reshape(-1)
-        batch = decode_batch(token_ids.reshape(-1), positions, own.reshape(-1))
+        positions, shift = candidate_positions(sequence_lengths, shift, width)
+        batch = decode_batch(token_ids.reshape(-1), positions, own.reshape(-1), shift)
         table, longest = self.virtual[:count], int(mirror.max())
         prefix = self.base.req_to_token_pool.req_to_token[slots, :longest]
         table.view(rows, width, -1)[..., :longest] = prefix[:, None]
@@ -312,8 +323,26 @@ class ValueWorker:
     def _forward(self, batch: Any, backend: Any) -> Tensor:
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-        with forward_context(ForwardContext(attn_backend=backend)):
+        with forward_context(ForwardContext(attn_backend=backend)), self._own_embeddings():
             return self.runner.model.forward(batch.input_ids, batch.positions, batch)
+
+    @contextmanager
+    def _own_embeddings(self) -> Iterator[None]:
+        """The host's cache of image embeddings, which knows an image by its hash alone, is ours meanwhile."""
+        if not self.sees_images:
+            yield
+            return
+        from sglang.srt.managers import mm_schedule
+        from sglang.srt.mem_cache.multimodal_cache import MultiModalStaticCache
+
+        theirs = mm_schedule.embedding_cache
+        if self.embeddings is None:
+            self.embeddings = MultiModalStaticCache(theirs.max_size)
+        mm_schedule.embedding_cache = self.embeddings
+        try:
+            yield
+        finally:
+            mm_schedule.embedding_cache = theirs
 
 
 def value_config(settings: Settings, server_args: Any, context_length: int) -> Any:
@@ -337,11 +366,14 @@ def value_config(settings: Settings, server_args: Any, context_length: int) -> A
     )
 
 
-def describe(settings: Settings, architecture: str, width: int, lenvm: LenvmConfig) -> dict[str, Any]:
+def describe(
+    settings: Settings, architecture: str, width: int, lenvm: LenvmConfig, images: bool = False
+) -> dict[str, Any]:
     """What `GET /lenvm/info` says of a checkpoint."""
     return {
         "model": settings.model,
         "architecture": architecture,
+        "images": images,
         "max_candidates": width,
         "gamma": lenvm.gamma,
         "heads": list(lenvm.heads),
@@ -373,9 +405,14 @@ def plain_attention(model: torch.nn.Module) -> bool:
 def select_rows(batch: Any, rows: Sequence[int], index: Tensor) -> Any:
     """The part of a prefill batch that holds `rows`, without anything that concerns logits or sampling."""
     part = copy.copy(batch)
-    part.sampling_info = part.mm_inputs = part.spec_info = part.lora_ids = None
+    part.sampling_info = part.mm_inputs = part.spec_info = part.lora_ids = part.input_embeds = None
     part.return_logprob = False
     part.next_token_logits_buffer = None
+    seen: Seen | None = batch.lenvm_seen
+    if seen is not None:
+        # the forward overwrites both, and may be done again
+        part.input_ids = seen.input_ids.clone()
+        part.mm_inputs = [seen.images[row] for row in rows]
     if len(rows) == batch.batch_size:
         return part
     lengths = batch.extend_seq_lens_cpu
@@ -383,7 +420,9 @@ def select_rows(batch: Any, rows: Sequence[int], index: Tensor) -> Any:
     tokens = to_device([t for r in rows for t in range(starts[r], starts[r] + lengths[r])], torch.int64, index.device)
     part.batch_size = len(rows)
     for name in ("input_ids", "positions", "out_cache_loc"):
-        setattr(part, name, getattr(batch, name)[tokens])
+        setattr(part, name, getattr(part, name)[tokens])
+    if batch.mrope_positions is not None:
+        part.mrope_positions = batch.mrope_positions[:, tokens]
     for name in ("req_pool_indices", "seq_lens", "extend_seq_lens", "extend_prefix_lens", "orig_seq_lens"):
         value = getattr(batch, name)
         setattr(part, name, None if value is None else value[index])
@@ -398,8 +437,16 @@ def select_rows(batch: Any, rows: Sequence[int], index: Tensor) -> Any:
     return part
 
 
-def decode_batch(input_ids: Tensor, positions: Tensor, slots: Tensor) -> Any:
-    """A decode batch of candidate rows, [N] each: tokens, positions, and the slots their KV goes to."""
+def candidate_positions(sequence_lengths: Tensor, shift: Tensor | None, width: int) -> tuple[Tensor, Tensor | None]:
+    """Of [R, K] candidates, flat: their places behind sequences of [R] tokens, and their rotary shifts from [R]."""
+    rows = len(sequence_lengths)
+    positions = sequence_lengths.long()[:, None].expand(rows, width).reshape(-1)
+    return positions, None if shift is None else shift[:, None].expand(rows, width).reshape(-1)
+
+
+def decode_batch(input_ids: Tensor, positions: Tensor, slots: Tensor, shift: Tensor | None) -> Any:
+    """A decode batch of candidate rows, [N] each: tokens, places, the slots their KV goes to, and what their rotary
+    positions are above their places (None: nothing)."""
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
     return ForwardBatch(
@@ -411,4 +458,5 @@ def decode_batch(input_ids: Tensor, positions: Tensor, slots: Tensor) -> Any:
         out_cache_loc=slots,
         seq_lens_sum=None,  # type: ignore[arg-type]
         positions=positions,
+        mrope_positions=(positions if shift is None else positions + shift).expand(3, -1),
     )

@@ -65,6 +65,12 @@ def test_assign_extend_cache_locs_reads_what_was_assigned(
     assert torch.equal(table, slot_table())
 
 
+def test_operators_can_be_found_and_say_what_they_are(kernels: ModuleType) -> None:
+    for name in kernels.OPERATORS:
+        with pytest.raises(NotImplementedError, match=rf"sgl_kernel\.{name} is a CUDA kernel"):
+            getattr(torch.ops.sgl_kernel, name)(torch.ones(1))
+
+
 def test_slot_tables_take_the_mixed_integer_types_sglang_passes(kernels: ModuleType) -> None:
     table = torch.zeros(3, 5, dtype=torch.int32)
     rows, starts = torch.tensor([2, 0], dtype=torch.int64), torch.tensor([1, 0], dtype=torch.int32)

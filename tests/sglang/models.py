@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
@@ -14,6 +16,7 @@ from lenvm.bins import LengthBins
 from lenvm.format import LenvmConfig, LookaheadShape, Spread
 from lenvm.heads import LookaheadHead
 from lenvm.modeling import LengthValueModel, backbone_class
+from tests.core.vision import TOWERS, vision_config
 
 VOCABULARY = 320
 THINK, THINK_END = 3, 4
@@ -23,6 +26,13 @@ CONTEXT = 512
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SHOWN = "<|vision_start|><|image_pad|><|vision_end|>"
+VISION_TEMPLATE = TEMPLATE.replace(
+    "{{ m['content'] }}",
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'text' %}"
+    f"{{{{ c['text'] }}}}{{% else %}}{SHOWN}{{% endif %}}{{% endfor %}}{{% endif %}}",
 )
 
 
@@ -84,6 +94,47 @@ def make_pair(
     lenvm.save_pretrained(directory / "lenvm")
     for part in ("base", "lenvm"):
         words.save_pretrained(directory / part)
+    return directory
+
+
+def make_vision_pair(directory: Path, name: str, value: str | None = None) -> Path:
+    """Write `directory`/base, a `<name>ForConditionalGeneration`, and `directory`/lenvm of the same or another family,
+    with their processors."""
+    words = tokenizer()
+    words.add_tokens(list(VISION_TOKENS), special_tokens=True)
+    words.chat_template = VISION_TEMPLATE
+    special: Any = tuple(words.convert_tokens_to_ids(list(VISION_TOKENS)))
+    eos = words.convert_tokens_to_ids("<|im_end|>")
+
+    def config(family: str) -> Any:
+        # wide enough that images matter
+        made = vision_config(family, len(words), special, eos_token_id=eos, pad_token_id=0, initializer_range=0.2)
+        made.vision_config.initializer_range = 0.2
+        made.tie_word_embeddings = made.text_config.tie_word_embeddings = False
+        return made
+
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config(name))
+    with torch.no_grad():
+        model.lm_head.weight[eos] *= 0.3  # answers of random weights should not stop at once
+        model.lm_head.weight[list(special)] = 0.0  # nor hold tokens that stand for an image
+    model.save_pretrained(directory / "base")
+    lenvm = LenvmConfig(gamma=0.97, bins=LengthBins.for_max_length(64).centres)
+    values = LengthValueModel.from_backbone(config(value or name), lenvm)
+    for head in (values.value_head, values.length_head):
+        torch.nn.init.normal_(head.w2, std=0.4)
+    values.save_pretrained(directory / "lenvm")
+    videos = "Qwen3VLVideoProcessor" if name == "Qwen3VL" else "Qwen2VLVideoProcessor"
+    processor = getattr(transformers, f"{name}Processor")(
+        image_processor=transformers.Qwen2VLImageProcessor(
+            size={"shortest_edge": 28 * 28, "longest_edge": 112 * 112}, patch_size=TOWERS[name]["patch_size"]
+        ),
+        tokenizer=words,
+        video_processor=getattr(transformers, videos)(),
+        chat_template=VISION_TEMPLATE,
+    )
+    for part in ("base", "lenvm"):
+        processor.save_pretrained(directory / part)
     return directory
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from lenvm.attached import AttachedHead
 from lenvm.lognormal import lognormal_bins
@@ -70,14 +70,17 @@ class Reference:
     """A base model and a length value model, both of transformers, in float32."""
 
     def __init__(self, pair: Path, candidates: int = 16, base: Path | None = None) -> None:
-        self.base = AutoModelForCausalLM.from_pretrained(base or pair / "base", dtype=torch.float32).eval()
-        self.stop = self.base.config.eos_token_id
         self.candidates = candidates
+        self._load_base(base or pair / "base")
         self._load(pair)
         self.gamma = self.value.lenvm.gamma
         self.spread = self.value.lenvm.spread
         self.centres = self.value.lenvm.bins or lognormal_bins(self.gamma).centres
         self.decode = torch.tensor(self._decode_table(), dtype=torch.float64)
+
+    def _load_base(self, base: Path) -> None:
+        self.base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        self.stop = self.base.config.eos_token_id
 
     def _load(self, pair: Path) -> None:
         self.value = LengthValueModel.from_pretrained(pair / "lenvm", dtype=torch.float32).eval()
@@ -101,10 +104,14 @@ class Reference:
         """[V] of the next token."""
         return self.base(torch.tensor([ids])).logits[0, -1].double()
 
+    def value_of(self, sequences: list[list[int]]) -> Any:
+        """The value model's output for sequences of one length."""
+        return self.value(torch.tensor(sequences))
+
     @torch.no_grad()
     def states(self, sequences: list[list[int]]) -> list[tuple[float | None, list[float]]]:
         """z and P(n), n = 0..N, of the states after sequences of one length."""
-        out = self.value(torch.tensor(sequences))
+        out = self.value_of(sequences)
         z = out.z[:, -1].tolist()
         if out.length_logits is None:
             q = torch.tensor([self._lognormal(x) for x in z], dtype=torch.float64)
@@ -315,3 +322,34 @@ class LookaheadReference(Reference):
             q * (1.0 if t == self.stop else 1.0 + self.expected_length([*prompt, t]))
             for t, q in zip(tokens.tolist(), p.tolist(), strict=True)
         )
+
+
+class VisionReference(Reference):
+    """The same rules where base model and value model read images, each with its own tower, in whole sequences."""
+
+    def _load_base(self, base: Path) -> None:
+        self.processor = AutoProcessor.from_pretrained(base)
+        self.base = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
+        self.stop = self.processor.tokenizer.eos_token_id
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def read(self, text: str, images: list[Any]) -> list[int]:
+        """Token ids of a prompt; its images are those that every sequence from now on begins with."""
+        inputs = self.processor(text=[text], images=images or None, return_tensors="pt")
+        self.seen = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+        return inputs["input_ids"][0].tolist()
+
+    def _inputs(self, sequences: list[list[int]]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor(sequences)
+        images = {name: x.repeat(len(sequences), *[1] * (x.dim() - 1)) for name, x in self.seen.items()}
+        marks = (ids == self.base.config.image_token_id).long()
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": marks, **images}
+
+    @torch.no_grad()
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """[V] of the next token."""
+        return self.base(**self._inputs([ids])).logits[0, -1].double()
+
+    def value_of(self, sequences: list[list[int]]) -> Any:
+        """The value model's output for sequences of one length."""
+        return self.value(**self._inputs(sequences))

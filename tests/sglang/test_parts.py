@@ -19,7 +19,7 @@ from lenvm_sglang.attention import CandidateLayout, SharedPrefixBackend, attend
 from lenvm_sglang.middleware import CHAT, COMPLETIONS, GENERATE, LengthFieldsMiddleware, annotate, lift_fields
 from lenvm_sglang.outputs import HostLengthOutput
 from lenvm_sglang.responses import Collected, Progress, annotate_metadata, collected, publish
-from lenvm_sglang.rows import LengthRows
+from lenvm_sglang.rows import LengthRows, Seen
 from lenvm_sglang.settings import Settings
 from lenvm_sglang.state import RequestState, RowTable
 from lenvm_sglang.worker import select_rows, value_config
@@ -162,6 +162,7 @@ def test_select_rows_cuts_a_prefill_batch() -> None:
         extend_seq_lens=torch.tensor(lengths), extend_prefix_lens=torch.tensor(prefixes), extend_seq_lens_cpu=lengths,
         extend_prefix_lens_cpu=prefixes, rids=["a", "b", "c"], sampling_info=object(), return_logprob=True,
         mm_inputs=None, spec_info=None, lora_ids=None, next_token_logits_buffer=None, extend_start_loc=None,
+        input_embeds=None, mrope_positions=tokens.expand(3, -1) + 300, lenvm_seen=None,
     )  # fmt: skip
     part = select_rows(batch, [0, 2], torch.tensor([0, 2]))
     assert part.input_ids.tolist() == [0, 1, 2, 5, 6, 7, 8]
@@ -172,7 +173,17 @@ def test_select_rows_cuts_a_prefill_batch() -> None:
     assert (part.extend_num_tokens, part.batch_size, part.rids) == (7, 2, ["a", "c"])
     assert part.sampling_info is None
     assert batch.batch_size == 3
+    assert part.mrope_positions[2].tolist() == [300, 301, 302, 305, 306, 307, 308]
+    assert part.mm_inputs is None
     assert select_rows(batch, [0, 1, 2], torch.tensor([0, 1, 2])).input_ids is tokens
+    # the base model's forward has overwritten the hashes of the first row's image since
+    batch.lenvm_seen = Seen(torch.where(tokens < 2, 10**6, tokens), ["image", None, None])
+    for rows, ids in (([0, 2], [10**6, 10**6, 2, 5, 6, 7, 8]), ([0, 1, 2], [10**6, 10**6, *range(2, 9)])):
+        part = select_rows(batch, rows, torch.tensor(rows))
+        assert part.input_ids.tolist() == ids
+        assert part.mm_inputs == ["image", None, None][: len(rows)]
+        part.input_ids.zero_()  # as its own forward may
+    assert batch.lenvm_seen.input_ids[0] == 10**6
 
 
 # ----- admission ----------------------------------------------------------------------------------------------------

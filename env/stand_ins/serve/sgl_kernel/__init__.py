@@ -138,10 +138,18 @@ def copy_all_layer_kv_cache_cpu(
         rows[target] = rows[source]
 
 
-def __getattr__(name: str) -> Callable[..., NoReturn]:
-    """Anything else: importable, since SGLang imports whole lists of kernels, and an error when called."""
-    if name.startswith("__"):
-        raise AttributeError(name)
+OPERATORS = (
+    "fused_qk_gemma_rmsnorm_cpu",
+    "fused_qk_gemma_rmsnorm_with_gate_cpu",
+    "fused_qkvzba_split_reshape_cat_contiguous_cpu",
+    "fused_sigmoid_mul_cpu",
+)
+"""`torch.ops.sgl_kernel.<name>`: operators of the recurrent Qwen3.5, which SGLang's image processor of every Qwen-VL
+imports."""
+
+
+def _missing(name: str) -> Callable[..., NoReturn]:
+    """Something that can be imported and raises when it is called."""
 
     def missing(*args: object, **kwargs: object) -> NoReturn:
         raise NotImplementedError(
@@ -151,3 +159,14 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
 
     missing.__name__ = missing.__qualname__ = name
     return missing
+
+
+for _name in OPERATORS:
+    setattr(torch.ops.sgl_kernel, _name, _missing(_name))
+
+
+def __getattr__(name: str) -> Callable[..., NoReturn]:
+    """Anything else: importable, since SGLang imports whole lists of kernels, and an error when called."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _missing(name)
