@@ -84,6 +84,17 @@ def finish(outcome: Outcome, out: Path, console: Console) -> None:
     console.print(f"Everything above is in {out / 'results.json'}; `lenvm report {out}` makes a page.", highlight=False)
 
 
+def write_files(outcome: Outcome, out: Path) -> None:
+    """Keep an outcome: `results.json`, `tables.md`, its first table as `table.csv`, its figures as `figures.png`."""
+    from lenvm.evaluation.outcome import write_csv, write_outcome
+    from lenvm.report.plots import write_png
+
+    write_outcome(outcome, out)
+    write_csv(outcome.sheets[0], out / "table.csv")
+    if outcome.plots:
+        write_png(outcome.plots, out / "figures.png")
+
+
 def max_tokens_of(sampling: Mapping[str, Any]) -> int:
     from lenvm.evaluation.errors import EvaluationError
 

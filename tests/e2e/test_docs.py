@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -82,6 +83,8 @@ def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> li
         (folder / "lifebench.jsonl").write_text("".join(json.dumps({"id": i, **item}) + "\n" for i in range(2)))
         problem = {"question": "1 + 1?", "answer": "#### 2"}
         (folder / "gsm8k_test.jsonl").write_text(f"{json.dumps(problem)}\n" * 3)
+    if words[1:3] in (["eval", "ablations"], ["eval", "scaling"]):
+        places |= trainings([word for word in words if word.startswith("saves/")], demo, folder)
     out = [places.get(word, word) for word in words]
     for i, word in enumerate(out):
         if word == "--server":
@@ -103,6 +106,22 @@ def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> li
     if out[1] == "distill":
         out += ["--epochs", "0.1", "--rank", "16", "--states", "4", "--passes", "1"]
     return [*out, "--limit", "3"] if out[1] == "sample" else out
+
+
+def trainings(named: list[str], demo: Run, folder: Path) -> dict[str, str]:
+    """What the demo's training wrote, once for each folder named: as if trained on half the prompts of the one before,
+    with another gamma."""
+    for i, name in enumerate(named):
+        run = folder / name
+        run.mkdir(parents=True)
+        for file in ("eval_results.json", "trainer_state.json", "training.json"):
+            shutil.copy(demo.lenvm / file, run)
+        record = json.loads((run / "training.json").read_text())
+        for count in ("prompts", "completions"):
+            record["train"][count] //= 2**i
+        record["settings"]["lenvm_gamma"] = ["auto", "0.98", "0.99"][i]
+        (run / "training.json").write_text(json.dumps(record))
+    return {name: str(folder / name) for name in named}
 
 
 @pytest.mark.parametrize(("page", "command"), commands(), ids=lambda value: value[:60])
