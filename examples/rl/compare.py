@@ -142,22 +142,33 @@ def outcome_of(before: list[Any], runs: dict[float, dict[int, dict[str, Any]]], 
     sheets.append(Sheet(title="Each training", head=head, rows=[base, *each]))
     plots = [
         Plot(
-            name=f"training_{key}",
-            title=title,
-            x_label="policy-gradient step",
-            y_label=unit,
+            name="held_out",
+            title="Held-out problems, 95 % intervals",
+            x_label="mean length, tokens",
+            y_label="right, %",
             series=[
-                Series(label=f"{name(s)}, seed {k}", x=list(range(1, len(run["steps"]) + 1)),
-                       y=[factor * step[key] for step in run["steps"]], colour=COLOURS[i % len(COLOURS)])
-                for i, (s, seeds) in enumerate(runs.items())
-                for k, run in seeds.items()
+                Series(label=label, x=[length.value], y=[right.value], y_low=[right.low], y_high=[right.high],
+                       style="points", colour=colour)
+                for (label, length, _, right, *_), colour in zip(
+                    sheets[0].rows, ("bias", *(COLOURS[i % len(COLOURS)] for i in range(len(runs)))), strict=True
+                )
+                if isinstance(length, Estimate) and isinstance(right, Estimate)
             ],
         )
-        for key, title, unit, factor in (
-            ("length", "Mean length of the answers drawn in training", "tokens", 1.0),
-            ("right", "Right answers in training", "%", 100.0),
-        )
     ]  # fmt: skip
+    for key, title, unit, factor in (
+        ("length", "Answers drawn in training, mean of seeds", "tokens", 1.0),
+        ("right", "Right answers in training, mean of seeds", "%", 100.0),
+    ):
+        series = []
+        for i, (scale, seeds) in enumerate(runs.items()):
+            values = zip(*([factor * step[key] for step in run["steps"]] for run in seeds.values()), strict=True)
+            means = [sum(step) / len(step) for step in values]
+            x = [float(n + 1) for n in range(len(means))]
+            series.append(Series(label=name(scale), x=x, y=means, colour=COLOURS[i % len(COLOURS)]))
+        plots.append(
+            Plot(name=f"training_{key}", title=title, x_label="policy-gradient step", y_label=unit, series=series)
+        )
     return new_outcome(
         "rl",
         "Policy gradient with the length advantage (Appendix C)",

@@ -76,10 +76,9 @@ def reported(console: Console) -> Iterator[None]:
 
 def finish(outcome: Outcome, out: Path, console: Console) -> None:
     """Keep an evaluation's results and print its tables."""
-    from lenvm.evaluation.outcome import write_outcome
     from lenvm.evaluation.tables import show_outcome
 
-    write_outcome(outcome, out)
+    write_files(outcome, out)
     show_outcome(outcome, console)
     console.print(f"Everything above is in {out / 'results.json'}; `lenvm report {out}` makes a page.", highlight=False)
 

@@ -188,7 +188,7 @@ def write_png(plots: Sequence[Plot], path: Path) -> None:
     lines = -(-len(plots) // columns)
     on_white = {"grid.color": "#dddddd", "axes.edgecolor": "#999999", "figure.facecolor": "white"}
     with mpl.rc_context({**_STYLE, **on_white, "savefig.facecolor": "white", "font.size": 9.0}):
-        figure = Figure(figsize=(4.4 * columns, 3.3 * lines), layout="constrained")
+        figure = Figure(figsize=(max(6.6, 4.4 * columns), 3.4 * lines), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(lines, columns, squeeze=False).flat
         for panel, plot in zip(panels, plots, strict=False):

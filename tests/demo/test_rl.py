@@ -113,7 +113,7 @@ def test_the_comparison_end_to_end(demo: Path, tmp_path: Path, capsys: pytest.Ca
     ]  # fmt: skip
     assert [row[0] for row in outcome.sheet("With").rows] == ["A_task + 2 A_length"]
     assert len(outcome.sheet("Each").rows) == 5
-    assert [len(s.x) for s in outcome.plots[0].series] == [2] * 4
+    assert [len(s.x) for plot in outcome.plots for s in plot.series] == [1] * 3 + [2] * 4
     with (out / "table.csv").open() as file:
         assert [row["answers"] for row in csv.DictReader(file)] == ["6", "12", "12"]
     before = json.loads((out / "before.json").read_text())["result"]["answers"]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lenvm.evaluation.command_parts import reported, wide_console, write_files
+from lenvm.evaluation.command_parts import finish, reported, wide_console
 
 Runs = Annotated[
     list[str], typer.Argument(help="Output folders of finished `stage: lenvm` trainings, each FOLDER or NAME=FOLDER.")
@@ -25,14 +25,11 @@ def ablations(runs: Runs, out: Out, evaluation_set: EvaluationSet = None) -> Non
     """
     from lenvm.evaluation.runs.ablations import ablations_outcome
     from lenvm.evaluation.runs.read import read_runs
-    from lenvm.evaluation.tables import show_outcome
 
     console = wide_console()
     with reported(console):
         outcome = ablations_outcome(read_runs(runs, evaluation_set), {"runs": runs, "evaluation_set": evaluation_set})
-    write_files(outcome, out)
-    show_outcome(outcome, console)
-    console.print(f"Tables and figures are in {out}; `lenvm report {out}` makes a page.", highlight=False)
+    finish(outcome, out, console)
 
 
 def scaling(
@@ -44,7 +41,6 @@ def scaling(
     """Error against samples a prompt, prompts and parameters, with the slope where there are three points or more."""
     from lenvm.evaluation.runs.read import read_runs
     from lenvm.evaluation.runs.scaling import METRICS, scaling_outcome
-    from lenvm.evaluation.tables import show_outcome
 
     console = wide_console()
     if metric not in METRICS:
@@ -52,6 +48,4 @@ def scaling(
     with reported(console):
         parameters = {"runs": runs, "metric": metric, "evaluation_set": evaluation_set}
         outcome = scaling_outcome(read_runs(runs, evaluation_set), metric, parameters)
-    write_files(outcome, out)
-    show_outcome(outcome, console)
-    console.print(f"Tables and figures are in {out}; `lenvm report {out}` makes a page.", highlight=False)
+    finish(outcome, out, console)
