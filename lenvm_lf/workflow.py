@@ -16,6 +16,7 @@ from lenvm_lf import checkpoint
 from lenvm_lf.collator import DenseReturnCollator, ImageReturnCollator
 from lenvm_lf.data import StreamFilter, by_length, foreign_prompts, shared_prompts, split_by_prompt, usable_rows
 from lenvm_lf.packing import PackedCollator, PackedRows, check_packing
+from lenvm_lf.record import write_record
 from lenvm_lf.shared_prefix import SharedPrefixCollator, check_backbone
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ def run_lenvm(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
     collator: Any = DenseReturnCollator(tokenizer.pad_token_id, multiple_of)
     if checkpoint.sees_images(config):
         collator = ImageReturnCollator(template, tokenizer_module["processor"], tokenizer, model, multiple_of)
+    rows = train_set  # as they are, before packing
     train_collator = collator  # only training packs, evaluation looks at one completion a row
     if training_args.do_train and finetuning_args.lenvm_shared_prefix:
         check_backbone(model.config)
@@ -113,6 +115,7 @@ def run_lenvm(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
         callbacks=callbacks,
     )
     if training_args.do_train:
+        write_record(trainer, model, rows, eval_set, model_args, data_args, training_args, finetuning_args)
         train(trainer, training_args, finetuning_args)
     if training_args.do_eval:
         trainer.keep_states = training_args.do_train

@@ -1,19 +1,18 @@
-"""The paper's comparisons of training choices, on the demo world: one table and one plot.
+"""The paper's comparisons of training choices, on the demo world: tables and figures by one command.
 
     python examples/demo/ablations.py runs/demo --out runs/ablations [--steps 120] [--only target gamma ...]
 
 Reads a finished demo (`base/`, `samples/`), trains one LenVM for each choice with the demo's own configuration, the
 same number of optimizer steps each, and evaluates it on the same validation completions. Each group changes one thing:
 what the value head predicts, how tokens are weighted, gamma, how many samples a prompt, how many prompts, how many of
-the base's layers the backbone keeps, the order of the batches, the precision. Errors are in tokens, at 0 / 25 / 50 /
-75 % of the answer (the paper's Figure 6). Runs in the train environment; a training that is already there is not
-repeated.
+the base's layers the backbone keeps, the order of the batches, the precision. The tables and figures are those of
+`lenvm eval ablations` (in OUT) and `lenvm eval scaling` (in OUT/scaling) of these trainings. Runs in the train
+environment; a training that is already there is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -23,9 +22,15 @@ from typing import Any
 
 import yaml
 
+from lenvm.evaluation.command_parts import wide_console, write_files
+from lenvm.evaluation.runs.ablations import ablations_outcome
+from lenvm.evaluation.runs.read import read_runs
+from lenvm.evaluation.runs.scaling import scaling_outcome
+from lenvm.evaluation.tables import show_outcome
+
 HERE = Path(__file__).resolve().parent
-POSITIONS = (0, 25, 50, 75)
-METRICS = ("length_mae", *(f"length_mae_{p}" for p in POSITIONS), "mre", "value_calibration_error")
+SIZES = ("samples per prompt", "prompts", "layers")
+"""Groups of which `lenvm eval scaling` makes something."""
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "target": {
         "return (default)": {},
@@ -89,8 +94,8 @@ def train(settings: dict[str, Any]) -> None:
     run_exp(settings)
 
 
-def measure(demo: Path, out: Path, steps: int, changes: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """Train one choice, unless it is there, and return its evaluation."""
+def trained(demo: Path, out: Path, steps: int, changes: dict[str, Any], extra: dict[str, Any]) -> Path:
+    """Train one choice, unless it is there, and return its folder."""
     samples, share, layers = changes.get("samples"), changes.get("share", 1.0), changes.get("layers")
     changes = {key: value for key, value in changes.items() if key not in ("samples", "share", "layers")}
     named = {**changes, "samples": samples, "share": share, "layers": layers, "steps": steps, **extra}
@@ -110,7 +115,7 @@ def measure(demo: Path, out: Path, steps: int, changes: dict[str, Any], extra: d
         (run / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
         settings = yaml.safe_load((HERE / "train_lenvm.yaml").read_text(encoding="utf-8"))
         settings |= {
-            "model_name_or_path": str(shallower(demo / "base", layers, run / "backbone") if layers else demo / "base"),
+            "model_name_or_path": str(shallower(demo / "base", layers, run / f"{layers}-layers") if layers else demo / "base"),
             "dataset_dir": str(run),
             "output_dir": str(run),
             "max_steps": steps,
@@ -119,34 +124,7 @@ def measure(demo: Path, out: Path, steps: int, changes: dict[str, Any], extra: d
             "lenvm_heads": "value",  # what is compared
         }
         train(settings | extra | changes)
-    return json.loads((run / "eval_results.json").read_text(encoding="utf-8"))
-
-
-def plot(path: Path, found: dict[str, dict[str, dict[str, Any]]]) -> None:
-    """A panel for each group: the error at four places of the answer, a line for each choice."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(4, len(found))
-    lines = -(-len(found) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 3 * lines), squeeze=False, sharey=True)
-    for axis in axes.flat[len(found) :]:
-        axis.set_visible(False)
-    for axis, (group, choices) in zip(axes.flat, found.items(), strict=False):
-        for choice, metrics in choices.items():
-            errors = [metrics[f"eval_length_mae_{p}"] for p in POSITIONS]
-            axis.plot(POSITIONS, errors, marker="o", label=choice, lw=2 if "default" in choice else 1)
-        axis.set_title(group)
-        axis.set_xlabel("% of the answer seen")
-        axis.set_xticks(POSITIONS)
-        axis.legend(fontsize=7)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("error in tokens")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return run
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -159,29 +137,22 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
     extra = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in options.set)}
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for group in options.only:
-        found[group] = {}
-        for choice, changes in GROUPS[group].items():
-            found[group][choice] = measure(options.demo, options.out, options.steps, changes, extra)
-            errors = found[group][choice]
-            print(f"{group}: {choice}: {errors['eval_length_mae']:.2f}", flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "ablations.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("group", "choice", "steps", *METRICS))
-        for group, choices in found.items():
-            for choice, metrics in choices.items():
-                writer.writerow((group, choice, options.steps, *(f"{metrics[f'eval_{m}']:.4g}" for m in METRICS)))
-    plot(options.out / "ablations.png", found)
-    head = ("group", "choice", "MAE", *(f"at {p} %" for p in POSITIONS), "MRE", "calibration")
-    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for group, choices in found.items():
-        for choice, metrics in choices.items():
-            cells = [f"{metrics[f'eval_{m}']:.1f}" for m in METRICS[:-2]]
-            cells += [f"{metrics[f'eval_{m}']:.3f}" for m in METRICS[-2:]]
-            print("| " + " | ".join((group, choice, *cells)) + " |")
-    print(f"\n{options.out}/ablations.csv, {options.out}/ablations.png")
+    groups = {name: choices for name, choices in GROUPS.items() if name in options.only}
+    folders: dict[str, list[str]] = {}
+    for group, choices in groups.items():
+        for choice, changes in choices.items():
+            print(f"{group}: {choice}", flush=True)
+            run = trained(options.demo, options.out, options.steps, changes, extra)
+            folders.setdefault(group, []).append(str(run))
+    every = list(dict.fromkeys(run for group in folders.values() for run in group))  # the default, once and first
+    outcomes = {options.out: ablations_outcome(read_runs(every), {"steps": options.steps, **extra})}
+    sized = list(dict.fromkeys(run for group in SIZES for run in folders.get(group, [])))
+    if len(sized) > 1:
+        outcomes[options.out / "scaling"] = scaling_outcome(read_runs(sized), "length_mae", {"steps": options.steps})
+    for folder, outcome in outcomes.items():
+        write_files(outcome, folder)
+        show_outcome(outcome, wide_console())
+    print(f"{options.out}/tables.md, {options.out}/table.csv, {options.out}/figures.png")
 
 
 if __name__ == "__main__":

@@ -76,12 +76,22 @@ def reported(console: Console) -> Iterator[None]:
 
 def finish(outcome: Outcome, out: Path, console: Console) -> None:
     """Keep an evaluation's results and print its tables."""
-    from lenvm.evaluation.outcome import write_outcome
     from lenvm.evaluation.tables import show_outcome
 
-    write_outcome(outcome, out)
+    write_files(outcome, out)
     show_outcome(outcome, console)
     console.print(f"Everything above is in {out / 'results.json'}; `lenvm report {out}` makes a page.", highlight=False)
+
+
+def write_files(outcome: Outcome, out: Path) -> None:
+    """Keep an outcome: `results.json`, `tables.md`, its first table as `table.csv`, its figures as `figures.png`."""
+    from lenvm.evaluation.outcome import write_csv, write_outcome
+    from lenvm.report.plots import write_png
+
+    write_outcome(outcome, out)
+    write_csv(outcome.sheets[0], out / "table.csv")
+    if outcome.plots:
+        write_png(outcome.plots, out / "figures.png")
 
 
 def max_tokens_of(sampling: Mapping[str, Any]) -> int:

@@ -20,6 +20,7 @@ from lenvm.evaluation.command_parts import (
 )
 from lenvm.evaluation.length_command import length
 from lenvm.evaluation.lifebench_command import lifebench
+from lenvm.evaluation.runs.command import ablations, scaling
 from lenvm.evaluation.tokens_command import tokens
 from lenvm.evaluation.tradeoff_command import tradeoff
 
@@ -28,6 +29,8 @@ app.command()(lifebench)
 app.command()(length)
 app.command()(tokens)
 app.command()(tradeoff)
+app.command()(ablations)
+app.command()(scaling)
 
 
 @app.command()

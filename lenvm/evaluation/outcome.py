@@ -6,6 +6,7 @@ to draw the page again.
 
 from __future__ import annotations
 
+import csv
 import json
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +18,7 @@ from lenvm.evaluation.errors import EvaluationError
 from lenvm.evaluation.schema import Estimate
 
 OUTCOME_VERSION = 1
-Kind = Literal["lifebench", "length", "tokens", "tradeoff"]
+Kind = Literal["lifebench", "length", "tokens", "tradeoff", "ablations", "scaling", "rl"]
 Cell = Estimate | int | float | str | None
 
 
@@ -137,6 +138,23 @@ def write_outcome(outcome: Outcome, out: Path) -> None:
         temporary = out / (name + ".part")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(out / name)
+
+
+def write_csv(sheet: Sheet, path: Path) -> None:
+    """Write a table as CSV, every digit; an estimate takes three columns, the value and both ends of its interval."""
+    wide = [any(isinstance(row[i], Estimate) for row in sheet.rows) for i in range(len(sheet.head))]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        names = zip(sheet.head, wide, strict=True)
+        writer.writerow([n for name, w in names for n in ((name, f"{name} low", f"{name} high") if w else (name,))])
+        for row in sheet.rows:
+            cells: list[object] = []
+            for cell, w in zip(row, wide, strict=True):
+                if isinstance(cell, Estimate):
+                    cells += [cell.value, cell.low, cell.high]
+                else:
+                    cells += [cell, None, None] if w else [cell]
+            writer.writerow(["" if cell is None else cell for cell in cells])
 
 
 def is_outcome(path: Path) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenvm.evaluation.outcome import Plot
@@ -169,29 +171,55 @@ def drawn(plot: Plot) -> str:
     """A figure of an `Outcome`: lines and points with their intervals."""
     with _figure(1, 1, width=9.6, height=4.4) as (figure, axes):
         panel = axes[0][0]
-        cycle = [COLOURS[k] for k in ("posterior", "hard", "shade", "bias", "base")]
-        for i, s in enumerate(plot.series):
-            colour = COLOURS[s.colour] if s.colour else cycle[i % len(cycle)]
-            if s.y_low is not None and s.y_high is not None:
-                if s.style == "line":
-                    panel.fill_between(s.x, s.y_low, s.y_high, color=colour, alpha=0.15, lw=0)
-                else:
-                    panel.vlines(s.x, s.y_low, s.y_high, color=colour, lw=1.4, alpha=0.7)
-            marker = "o" if s.style == "points" or len(s.x) < 30 else None
-            panel.plot(s.x, s.y, color=colour, lw=1.8 if s.style == "line" else 0, marker=marker, ms=5, label=s.label)
-            for name, x, y in zip(s.names or [], s.x, s.y, strict=False):
-                panel.annotate(name.replace("$", r"\$"), (x, y), xytext=(7, 5), textcoords="offset points", fontsize=9)
-        if plot.log:
-            panel.set(xscale="log", yscale="log")
-        if plot.diagonal:
-            ends = [v for s in plot.series for v in (*s.x, *s.y)]
-            panel.plot([min(ends), max(ends)], [min(ends), max(ends)], color=INK, lw=0.9, alpha=0.55)
-        panel.set_xlabel(plot.x_label)
-        panel.set_ylabel(plot.y_label)
+        _draw(plot, panel)
         panel.margins(x=0.12)
         if not any(s.names for s in plot.series):
             figure.legend(loc="outside upper left", ncols=min(4, len(plot.series)))
         return _svg(figure, plot.name, plot.title)
+
+
+def write_png(plots: Sequence[Plot], path: Path) -> None:
+    """All figures of an `Outcome` as the panels of one picture, black on white."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(plots))
+    lines = -(-len(plots) // columns)
+    on_white = {"grid.color": "#dddddd", "axes.edgecolor": "#999999", "figure.facecolor": "white"}
+    with mpl.rc_context({**_STYLE, **on_white, "savefig.facecolor": "white", "font.size": 9.0}):
+        figure = Figure(figsize=(max(6.6, 4.4 * columns), 3.4 * lines), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(lines, columns, squeeze=False).flat
+        for panel, plot in zip(panels, plots, strict=False):
+            _draw(plot, panel)
+            panel.set_title(plot.title, loc="left", weight="bold")
+            panel.legend(fontsize=7.5)
+        for panel in list(figure.axes)[len(plots) :]:
+            panel.set_visible(False)
+        figure.savefig(path, dpi=100)
+
+
+def _draw(plot: Plot, panel: Axes) -> None:
+    cycle = [COLOURS[k] for k in ("posterior", "hard", "shade", "bias", "base")]
+    for i, s in enumerate(plot.series):
+        colour = COLOURS[s.colour] if s.colour else cycle[i % len(cycle)]
+        if s.y_low is not None and s.y_high is not None:
+            if s.style == "line":
+                panel.fill_between(s.x, s.y_low, s.y_high, color=colour, alpha=0.15, lw=0)
+            else:
+                panel.vlines(s.x, s.y_low, s.y_high, color=colour, lw=1.4, alpha=0.7)
+        marker = "o" if s.style == "points" or len(s.x) < 30 else None
+        panel.plot(s.x, s.y, color=colour, lw=1.8 if s.style == "line" else 0, marker=marker, ms=5, label=s.label)
+        for name, x, y in zip(s.names or [], s.x, s.y, strict=False):
+            panel.annotate(name.replace("$", r"\$"), (x, y), xytext=(7, 5), textcoords="offset points", fontsize=9)
+    if plot.log:
+        panel.set(xscale="log", yscale="log")
+    if plot.diagonal:
+        ends = [v for s in plot.series for v in (*s.x, *s.y)]
+        panel.plot([min(ends), max(ends)], [min(ends), max(ends)], color=INK, lw=0.9, alpha=0.55)
+    panel.set_xlabel(plot.x_label)
+    panel.set_ylabel(plot.y_label)
 
 
 class _figure:  # noqa: N801

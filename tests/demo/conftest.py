@@ -1,6 +1,7 @@
-"""The demo is a folder of scripts, not a package: put it on the path."""
+"""The examples are folders of scripts, not packages: put them on the path."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+sys.path[:0] = [str(EXAMPLES / "demo"), str(EXAMPLES / "rl")]

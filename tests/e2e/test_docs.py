@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -62,6 +63,8 @@ def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> li
         "runs/demo/lenvm": str(demo.lenvm),
         "NAME": "default",
         "runs/demo/base": str(demo.base),
+        "runs/demo/prepare/prompts_test.jsonl": str(demo.folder / "prepare" / "prompts_test.jsonl"),
+        "runs/demo/samples/test.jsonl": str(demo.folder / "samples" / "test.jsonl"),
         "runs/demo/samples/train.jsonl": str(demo.folder / "samples" / "train.jsonl"),
         "train.jsonl": str(demo.folder / "samples" / "train.jsonl"),
         "lenvm-1.5b": str(folder / "converted"),
@@ -82,6 +85,8 @@ def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> li
         (folder / "lifebench.jsonl").write_text("".join(json.dumps({"id": i, **item}) + "\n" for i in range(2)))
         problem = {"question": "1 + 1?", "answer": "#### 2"}
         (folder / "gsm8k_test.jsonl").write_text(f"{json.dumps(problem)}\n" * 3)
+    if words[1:3] in (["eval", "ablations"], ["eval", "scaling"]):
+        places |= trainings([word for word in words if word.startswith("saves/")], words[2], demo, folder)
     out = [places.get(word, word) for word in words]
     for i, word in enumerate(out):
         if word == "--server":
@@ -103,6 +108,23 @@ def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> li
     if out[1] == "distill":
         out += ["--epochs", "0.1", "--rank", "16", "--states", "4", "--passes", "1"]
     return [*out, "--limit", "3"] if out[1] == "sample" else out
+
+
+def trainings(named: list[str], command: str, demo: Run, folder: Path) -> dict[str, str]:
+    """What the demo's training wrote, once for each folder named: as if each had been given half the prompts of the one
+    before (`scaling`), or another gamma."""
+    for i, name in enumerate(named):
+        run = folder / name
+        run.mkdir(parents=True)
+        for file in ("eval_results.json", "trainer_state.json", "training.json"):
+            shutil.copy(demo.lenvm / file, run)
+        record = json.loads((run / "training.json").read_text())
+        if command == "scaling":
+            record["train"] |= {key: record["train"][key] // 2**i for key in ("prompts", "completions")}
+        else:
+            record["settings"]["lenvm_gamma"] = ["auto", "0.98", "0.99"][i]
+        (run / "training.json").write_text(json.dumps(record))
+    return {name: str(folder / name) for name in named}
 
 
 @pytest.mark.parametrize(("page", "command"), commands(), ids=lambda value: value[:60])

@@ -42,10 +42,18 @@ def test_one_command_gives_table_and_plot(world: Any, capsys: pytest.CaptureFixt
     script.GROUPS["samples per prompt"].pop("4")
     script.GROUPS["samples per prompt"].pop("2")
     script.main(words)
-    with (out / "ablations.csv").open() as file:
+    with (out / "table.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert [row["choice"] for row in table] == ["token (default)", "trajectory", "all (default)", "1"]
-    assert table[0]["length_mae"] == table[2]["length_mae"], "the default is trained once"
-    assert len({row["length_mae"] for row in table}) == 3
-    assert (out / "ablations.png").stat().st_size > 10_000
-    assert "| weighting | trajectory |" in capsys.readouterr().out
+    assert [(row["varied"], row["choice"]) for row in table] == [
+        ("weighting", "token (reference)"), ("weighting", "trajectory"),
+        ("samples per prompt", "4.0 (reference)"), ("samples per prompt", "1.0"),
+    ]  # fmt: skip
+    assert table[0]["MAE"] == table[2]["MAE"], "the default is trained once"
+    assert len({row["MAE"] for row in table}) == 3
+    assert (out / "figures.png").stat().st_size > 10_000
+    with (out / "scaling" / "table.csv").open() as file:
+        assert [(row["axis"], row["size"]) for row in csv.DictReader(file)] == [
+            ("samples per prompt", "1.0"), ("samples per prompt", "4.0"),
+        ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "trajectory" in printed and "length_mae of each training" in printed
