@@ -113,9 +113,10 @@ def trained(demo: Path, out: Path, steps: int, changes: dict[str, Any], extra: d
             "val": {"file_name": str(held_out.resolve()), "formatting": "lenvm"},
         }
         (run / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+        base = shallower(demo / "base", layers, run / f"{layers}-layers") if layers else demo / "base"
         settings = yaml.safe_load((HERE / "train_lenvm.yaml").read_text(encoding="utf-8"))
         settings |= {
-            "model_name_or_path": str(shallower(demo / "base", layers, run / f"{layers}-layers") if layers else demo / "base"),
+            "model_name_or_path": str(base),
             "dataset_dir": str(run),
             "output_dir": str(run),
             "max_steps": steps,
