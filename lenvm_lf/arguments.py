@@ -267,10 +267,16 @@ def _refused(model: Any, data: Any, train: Any, tune: Any) -> list[Rule]:
         (model.mixture_of_depths, "mixture_of_depths", "it bypasses the model class with the heads", "remove it"),
         (model.shift_attn, "shift_attn", "it changes what a state has seen", "set `shift_attn: false`"),
         (
-            model.quantization_bit or model.export_quantization_bit,
-            "quantization_bit",
-            "quantised backbones are not tested with the heads",
-            "train and export unquantised",
+            model.quantization_bit and (tune.finetuning_type != "lora" or str(model.quantization_method) != "bnb"),
+            "quantization_bit` without `finetuning_type: lora` and `quantization_method: bnb",
+            "only LoRA on a backbone that bitsandbytes quantises when it is loaded is tested with the heads",
+            "set both, or train unquantised",
+        ),
+        (
+            model.export_quantization_bit,
+            "export_quantization_bit",
+            "a quantised length value model is not tested",
+            "export unquantised",
         ),
         (
             model.add_tokens or model.add_special_tokens or model.new_special_tokens_config or model.resize_vocab,

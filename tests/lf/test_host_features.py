@@ -142,6 +142,42 @@ def test_tokenised_data_best_model_several_sets_bf16_and_checkpointing(world: An
         world.fit(world.root / "foreign_run", tokenized_path=str(world.root / "foreign"), max_steps=1)
 
 
+@pytest.mark.slow
+def test_qlora_leaves_the_heads_whole(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`quantization_bit: 4`: the backbone in 4 bits under LoRA, heads trained in full; the adapter evaluates to the
+    same figures on the backbone quantised again."""
+    import bitsandbytes as bnb
+
+    from lenvm_lf.trainer import LengthValueTrainer
+
+    kinds: dict[str, set[str]] = {}
+
+    def note(self: Any, *args: Any, model: Any, **kwargs: Any) -> None:
+        found = [name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+        kinds["4 bit"] = {name.split(".")[-2] for name in found if name.endswith("base_layer")}
+        kinds["trained"] = {name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name}
+        init(self, *args, model=model, **kwargs)
+
+    init = LengthValueTrainer.__init__
+    monkeypatch.setattr(LengthValueTrainer, "__init__", note)
+    common = {"finetuning_type": "lora", "quantization_bit": 4, "eval_dataset": "held_out", "do_eval": True}
+    run = world.fit(world.root / "qlora", **common, learning_rate=1e-2, max_steps=50, lr_scheduler_type="constant")
+    assert kinds["4 bit"] == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.split(".modules_to_save")[0].rpartition(".")[2] for name in kinds["trained"]} == {
+        "value_head",
+        "length_head",
+    }
+    steps = world.steps(run)
+    assert sum(steps[-5:]) < 0.9 * sum(steps[:5]), "it learns"
+    again = world.fit(
+        world.root / "qlora_eval", **common, adapter_name_or_path=str(run), do_train=False, max_steps=None
+    )
+    for key in ("eval_value_loss", "eval_length_nll", "eval_mre"):
+        assert metrics(again, key) == pytest.approx(metrics(run, key), rel=1e-6), key
+    with pytest.raises(ValueError, match="`quantization_bit` without `finetuning_type: lora`"):
+        world.fit(world.root / "qfull", quantization_bit=4)
+
+
 def test_packed_rows_are_the_rows(world: Any) -> None:
     rows = Dataset.from_dict({"length": [5, 3, 9], "row": [1, 2, 3]})
     packed = PackedRows(rows, 9)
