@@ -14,7 +14,7 @@ from lenvm.format import LenvmConfig
 from lenvm.guidance import Scores
 
 
-def scores_from_distribution(log_q: Tensor, lenvm: LenvmConfig) -> Scores:
+def scores_from_distribution(log_q: Tensor, lenvm: LenvmConfig, value: bool = True) -> Scores:
     """Scores of states of which only the length distribution is known; does not synchronise with the host.
 
     The value logit that the other rules read (hard, soft, tilting) is that of the distribution: u = 1 - E[gamma^n],
@@ -23,7 +23,10 @@ def scores_from_distribution(log_q: Tensor, lenvm: LenvmConfig) -> Scores:
     Args:
         log_q: [..., B] float32 log-probabilities of the checkpoint's bins.
         lenvm: gamma and bins.
+        value: whether z is wanted; it is zeros otherwise.
     """
+    if not value:
+        return Scores(z=log_q.new_zeros(log_q.shape[:-1], dtype=torch.float32), length_log_q=log_q)
     per_bin = _log_discounts(lenvm.length_bins.centres, lenvm.gamma, log_q.device)
     log_discount = torch.logsumexp(log_q.float() + per_bin, dim=-1)  # ln E[gamma^n] <= ln gamma < 0
     return Scores(z=torch.log(-torch.expm1(log_discount)) - log_discount, length_log_q=log_q)

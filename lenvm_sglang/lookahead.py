@@ -53,9 +53,9 @@ class LastStates:
         """Length distributions after each of K tokens [R, K] in R rows, [R, K, B] float32."""
         return torch.log_softmax(self.head(self.states[slots], token_ids), dim=-1)
 
-    def scores(self, slots: Tensor, candidates: Candidates) -> Scores:
-        """Scores [R, K] of the states after each candidate; no host synchronisation."""
-        return scores_from_distribution(self.log_q(slots, candidates.token_ids), self.lenvm)
+    def scores(self, slots: Tensor, candidates: Candidates, value: bool) -> Scores:
+        """Scores [R, K] of the states after each candidate, z only if `value`; no host synchronisation."""
+        return scores_from_distribution(self.log_q(slots, candidates.token_ids), self.lenvm, value)
 
 
 class LookaheadWorker(ValueWorker):
@@ -120,7 +120,7 @@ class LookaheadWorker(ValueWorker):
         """Scores of the states after each candidate, [R, K], from the states before them: nothing is fed."""
         assert self.ahead is not None
         self.scored_rows += len(place.slots)
-        return self.ahead.scores(place.slots, candidates)
+        return self.ahead.scores(place.slots, candidates, value)
 
     def remember(self, place: Place, choice: Tensor | None) -> None:
         """The next `follow` reads the token; there is nothing to remember."""
@@ -210,7 +210,7 @@ class AttachedWorker:
     ) -> Scores:
         """Scores of the states after each candidate, [R, K], from the base's states before them."""
         self.scored_rows += len(place.slots)
-        return self.ahead.scores(place.slots, candidates)
+        return self.ahead.scores(place.slots, candidates, value)
 
     def remember(self, place: Place, choice: Tensor | None) -> None:
         """There is no KV to keep."""
