@@ -11,6 +11,8 @@ _MARKS = ("Answer:", "####")
 _BOXED = re.compile(r"\\boxed\s*\{")
 _NUMBER = re.compile(r"^[-+]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?$|^[-+]?\.\d+$")
 _FRACTION = re.compile(r"^([-+]?\d+)\s*/\s*(\d+)$")
+SECONDS = 30
+"""Time that math-verify may take over one answer. Its own default of 5 marks right answers wrong on a busy machine."""
 _LATEX_FRACTION = re.compile(r"^([-+]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$")
 
 
@@ -71,10 +73,12 @@ def verified(text: str, answer: str) -> bool:
     except ImportError:
         raise EvaluationError("math-verify is not installed; install lenvm[eval].") from None
     gold = answer.rpartition("####")[2].strip()
-    expected = parse(rf"\boxed{{{gold}}}")
+    expected = parse(rf"\boxed{{{gold}}}", parsing_timeout=SECONDS)
     if not expected:
         raise EvaluationError(f"math-verify cannot read the expected answer {gold!r}; correct it in the data file.")
-    return grade(text, gold) or bool(verify(expected, parse(text)))
+    if grade(text, gold):
+        return True
+    return bool(verify(expected, parse(text, parsing_timeout=SECONDS), timeout_seconds=SECONDS))
 
 
 def _braced(text: str, start: int) -> str | None:
