@@ -25,6 +25,7 @@ from lenvm_sglang.attention import SharedPrefixBackend
 from lenvm_sglang.rows import LengthRows, Place, Places, Read
 from lenvm_sglang.settings import Settings, local_directory
 from lenvm_sglang.state import RowTable, to_device
+from lenvm_sglang.versions import bind_slots
 from lenvm_sglang.worker import ValueWorker, decode_batch, describe, plain_attention
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class LookaheadWorker(ValueWorker):
             if batch.seq_lens_cpu is not None:
                 token.seq_lens_cpu = batch.seq_lens_cpu[rows.index]
                 token.seq_lens_sum = int(token.seq_lens_cpu.sum())
-            self.candidate_slots.bind_runner_slots(token)
+            bind_slots(self.candidate_slots, token)
             self.candidates.init_forward_metadata(token)
         return self._forward(token, self.candidates)
 
