@@ -345,10 +345,10 @@ def _refused(model: Any, data: Any, train: Any, tune: Any) -> list[Rule]:
                 "use `bf16: true`",
             ),
             (
-                getattr(train, "use_liger_kernel", False) or model.enable_liger_kernel,
-                "enable_liger_kernel",
+                getattr(train, "use_liger_kernel", False),
+                "use_liger_kernel",
                 "its fused loss replaces the forward pass of the causal class",
-                "remove it",
+                "set `enable_liger_kernel: true`, LlamaFactory's own switch, which leaves the loss alone",
             ),
         ]
     return rules

@@ -145,7 +145,6 @@ REFUSALS = (
     Refusal("enable_unified_memory", (False,), "drop --enable-unified-memory"),
     Refusal("enable_unified_cache_external_linker", (False,), "drop --enable-unified-cache-external-linker"),
     Refusal("enable_hisparse", (False,), "drop --enable-hisparse"),
-    Refusal("page_size", (1, None), "run with --page-size 1"),
     Refusal("enable_mixed_chunk", (False,), "drop --enable-mixed-chunk"),
     Refusal("enable_pdmux", (False,), "drop --enable-pdmux"),
     Refusal("enable_two_batch_overlap", (False,), "drop --enable-two-batch-overlap"),

@@ -45,6 +45,9 @@ times the context length)."""
 MOST_REQUESTS = 4096
 """The host's own upper bound of running requests where none is set: what scratch is budgeted for before it is known."""
 
+SLOT_BACKENDS = ("flashinfer", "triton", "fa3", "torch_native")
+"""The host's attention backends that address KV by the slot, or take a page size of 1 whatever the base model's is."""
+
 
 class ValueWorker:
     """Owns the value model in one scheduler process.
@@ -157,6 +160,8 @@ class ValueWorker:
         runner.req_to_token_pool = base.req_to_token_pool
         runner.max_running_requests = base.max_running_requests
         runner.max_total_num_tokens = base.max_total_num_tokens
+        refuse_pages(base.page_size, (base.prefill_attention_backend_str, base.decode_attention_backend_str))
+        runner.page_size = 1  # candidates stand in single slots
         runner.init_kv_index_translator()
         runner.init_attention_backends()
         self.sequences, self.sequence_slots = runner.attn_backend, runner.kv_index_translator
@@ -390,6 +395,21 @@ def architecture_of(directory: str) -> str:
 
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     return config["architectures"][0]
+
+
+def refuse_pages(page_size: int, backends: tuple[str, str]) -> None:
+    """A base model with pages of several tokens shares its slot ids with a value model that reads single slots.
+
+    Raises:
+        StartError: an attention backend of the value model (for prefill, for decode) that may not be able to.
+    """
+    unfit = [backend for backend in backends if backend not in SLOT_BACKENDS]
+    if page_size > 1 and unfit:
+        raise StartError(
+            f"--lenvm-model with page_size={page_size} needs an attention backend that can read single KV slots, got "
+            f"{unfit[0]!r}; run with --page-size 1, or with --attention-backend set to one of "
+            f"{', '.join(SLOT_BACKENDS)}."
+        )
 
 
 def plain_attention(model: torch.nn.Module) -> bool:

@@ -265,6 +265,7 @@ def make_site(folder: Path, code: str, pth: bool = True) -> Path:
 
 SITES = {
     "pth": "",
+    "interpreted": "import tests.lf.interpreted",
     # another signature of one function, as another version of the host would have
     "broken": "from lenvm_lf import seams; s = seams.SEAMS['llamafactory.model.loader'][0]; "
     "seams.SEAMS['llamafactory.model.loader'] = (seams.Seam(s.function, ('everything',), s.sha256),)",

@@ -178,6 +178,21 @@ def test_qlora_leaves_the_heads_whole(world: Any, monkeypatch: pytest.MonkeyPatc
         world.fit(world.root / "qfull", quantization_bit=4)
 
 
+@pytest.mark.slow
+def test_liger_kernels_train_the_same(world: Any) -> None:
+    """Norm, rotary embedding and MLP by Liger's Triton kernels, interpreted on the CPU."""
+    common = {"max_steps": 1, "per_device_train_batch_size": 2}
+    plain = world.fit(world.root / "no_liger", **common)
+    settings = world.settings(world.root / "liger", enable_liger_kernel=True, **common)
+    done = world.run(settings, route="interpreted", env={"TRITON_INTERPRET": "1", "LLAMAFACTORY_VERBOSITY": "INFO"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Liger kernel has been applied to the model" in done.stdout + done.stderr
+    for key in ("loss", "value_loss", "length_nll", "grad_norm"):
+        assert world.steps(world.root / "liger", key) == pytest.approx(world.steps(plain, key), rel=1e-4), key
+    with pytest.raises(ValueError, match=r"`use_liger_kernel`.*`enable_liger_kernel: true`"):
+        world.fit(world.root / "other_liger", use_liger_kernel=True)
+
+
 def test_packed_rows_are_the_rows(world: Any) -> None:
     rows = Dataset.from_dict({"length": [5, 3, 9], "row": [1, 2, 3]})
     packed = PackedRows(rows, 9)

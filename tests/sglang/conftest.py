@@ -1,6 +1,7 @@
-"""Real SGLang servers over tiny models: one with a LenVM, one under stress (forced retraction, other backbones, a value
-head only, thinking, an API key), one without a LenVM; all prefill in chunks of 16 tokens. They start together when the
-first test asks for one, and end with the session. The one without a LenVM is forked (`tests.sglang.forked`)."""
+"""Real SGLang servers over tiny models: one with a LenVM, one under stress (forced retraction, pages of 4 tokens, other
+backbones, a value head only, thinking, an API key), one without a LenVM; all prefill in chunks of 16 tokens. They start
+together when the first test asks for one, and end with the session. The one without a LenVM is forked
+(`tests.sglang.forked`)."""
 
 from __future__ import annotations
 
@@ -135,7 +136,7 @@ def _servers(pair: Path, mixed_pair: Path, tmp_path_factory: pytest.TempPathFact
             logs / "stressed",
             mixed_pair / "base",
             *("--lenvm-model", str(mixed_pair / "lenvm"), "--lenvm-max-candidates", "6", *chunks),
-            *("--reasoning-parser", "qwen3", "--api-key", API_KEY),
+            *("--reasoning-parser", "qwen3", "--api-key", API_KEY, "--page-size", "4"),
             launcher=("-c", "from sglang.cli.main import main; main()", "serve"),
             SGLANG_TEST_RETRACT="1",
         ),

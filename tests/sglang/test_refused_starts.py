@@ -18,6 +18,7 @@ import pytest
 from lenvm_sglang import OFF_SWITCH, versions
 from lenvm_sglang.settings import REFUSALS, Settings, StartError, check_checkpoint, refuse_settings, settings_from
 from lenvm_sglang.versions import host
+from lenvm_sglang.worker import SLOT_BACKENDS, refuse_pages
 from tests.sglang.conftest import COMMON, ROOT, environment
 from tests.sglang.models import CONTEXT, tokenizer
 from tests.sglang.plugins import install
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.floor
 
 BAD_VALUES = {
     "pp_size": 2, "speculative_algorithm": "EAGLE", "attn_dp_size": 2, "disaggregation_mode": "prefill",
-    "page_size": 16, "tokenizer_worker_num": 2, "dcp_size": 2, "attn_cp_size": 2, "dllm_algorithm": "x",
+    "tokenizer_worker_num": 2, "dcp_size": 2, "attn_cp_size": 2, "dllm_algorithm": "x",
     "elastic_ep_backend": "x", "grpc_port": 1, "dp_size": 2, "rl_on_policy_target": "fsdp",
 }  # fmt: skip
 
@@ -40,6 +41,16 @@ def test_unsupported_settings_are_named(field: str) -> None:
     refuse_settings(SimpleNamespace(**good), host().refusals)
     with pytest.raises(StartError, match=field):
         refuse_settings(SimpleNamespace(**{**good, field: BAD_VALUES.get(field, True)}), host().refusals)
+
+
+def test_pages_need_a_backend_that_reads_single_slots() -> None:
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    assert set(SLOT_BACKENDS) <= set(ATTENTION_BACKENDS)
+    refuse_pages(1, ("trtllm_mha", "trtllm_mha"))
+    refuse_pages(64, ("fa3", "flashinfer"))
+    with pytest.raises(StartError, match=r"page_size=64 .* got 'trtllm_mha'; run with --page-size 1"):
+        refuse_pages(64, ("fa3", "trtllm_mha"))
 
 
 def test_refused_settings_exist_in_this_host() -> None:

@@ -105,6 +105,18 @@ def test_prefixes_are_reused_within_guided_requests_only(guided: Server, referen
     assert answer["output_ids"] == reference.greedy(other, LIMIT, fields)
 
 
+def test_whole_pages_of_a_prefix_are_reused(stressed: Server, mixed_reference: Reference) -> None:
+    """Pages of 4 tokens: the rest of the prefix is read again, by both models."""
+    fields = {"length_target": 14}
+    (first,) = prompts(1, seed=16)
+    answer = stressed.generate(first, LIMIT, fields)
+    longer = first + answer["output_ids"][:-1] + first[:3]
+    again = stressed.generate(longer, LIMIT, fields)
+    assert again["meta_info"]["cached_tokens"] % 4 == 0
+    assert again["meta_info"]["cached_tokens"] > len(first)
+    assert again["output_ids"] == mixed_reference.greedy(longer, LIMIT, fields)
+
+
 def test_a_client_cannot_enter_the_namespace(guided: Server, reference: Reference) -> None:
     (prompt,) = prompts(1, seed=6)
     fields = {"length_target": 14}
