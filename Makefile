@@ -37,10 +37,11 @@ serve-demo: envs ## serve the demo pair: make serve-demo PORT=8000
 	@$(PIPELINE) serve examples/demo/recipe.yaml --train-python $(TRAIN)/python --port $(PORT) $(ARGS)
 
 .PHONY: results
-results: envs ## the tables of docs/results.md from the demo's pair: make results DATA=DIR (with LIFEBench's file)
-	@test -n "$(DATA)" || { echo "results: DATA is empty; give the folder with lifebench_no_summary.jsonl: make results DATA=DIR" >&2; exit 2; }
+results: envs ## docs/results.md from the pairs of `make demo` and `make run-gsm8k`: make results DATA=DIR
+	@test -n "$(DATA)" || { echo "results: DATA is empty; give the folder with gsm8k_test.jsonl, math500.jsonl and lifebench_no_summary.jsonl: make results DATA=DIR" >&2; exit 2; }
 	@test -d runs/demo/lenvm || { echo "results: there is no runs/demo/lenvm; run make demo first" >&2; exit 2; }
-	@$(SERVE)/python benchmarks/evidence.py --data $(DATA) --write docs/results.md $(ARGS)
+	@test -d runs/gsm8k/lenvm || { echo "results: there is no runs/gsm8k/lenvm; run make run-gsm8k DATA=$(DATA) first" >&2; exit 2; }
+	@$(SERVE)/python benchmarks/evidence.py --data $(DATA) --write docs $(ARGS)
 
 .PHONY: test test-fast lint
 test: envs env-serve-floor ## lint and all tests, those of the server's core on the oldest supported SGLang too

@@ -33,7 +33,7 @@ def steps(dry: bool, out: Path) -> dict[str, list[str]]:
             "graph": [str(BENCHMARKS / "graph.py"), "--dry"],
             "kernels": script("kernels", "--dry"),
             "value_step": script("value_step", "--dry"),
-            "serve_overhead": script("serve_overhead", "steps", "--dry"),
+            "serve_overhead": script("serve_overhead", "steps", "http", "--dry"),
             "scaling": script("scaling", "--dry"),
         }
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels"]

@@ -12,21 +12,20 @@ Runs of the things compared alternate, so that a machine shared with others dist
 from __future__ import annotations
 
 import argparse
-import asyncio
+import json
 import os
-import random
 import sys
 import tempfile
-import time
-from itertools import pairwise
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 # not this folder: its kernels.py would stand for the package of that name, which transformers looks for
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import httpx
 import torch
 
 from benchmarks.common import Table
@@ -99,52 +98,43 @@ def steps(table: Table, pair: tuple[Path, Path], options: argparse.Namespace, fl
 # ----- http ---------------------------------------------------------------------------------------------------------
 
 
-async def answer(client: httpx.AsyncClient, body: dict[str, Any]) -> list[float]:
-    """Times at which the chunks of one answer came, the request's own first."""
-    stamps = [time.perf_counter()]
-    async with client.stream("POST", "/generate", json=body) as response:
-        if response.status_code != 200:
-            raise SystemExit(f"serve_overhead: HTTP {response.status_code}: {(await response.aread()).decode()}")
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                stamps.append(time.perf_counter())
-    return stamps
+def traffic(url: str, rows: int, options: argparse.Namespace, fields: dict[str, Any], seed: int) -> dict[str, Any]:
+    """`rows` requests at once by SGLang's own client, `bench_serving`; what it wrote of them.
 
+    An answer has exactly `options.tokens` tokens: `ignore_eos` and a target exclude each other, so stop tokens are
+    banned up to the last.
+    """
+    from sglang.benchmark.serving import cli_main
 
-async def traffic(url: str, rows: int, options: argparse.Namespace, fields: dict[str, Any], vocabulary: int) -> Any:
-    """`rows` requests at once; returns (tokens per second, seconds between tokens)."""
-    draw = random.Random(rows)
-    limits = httpx.Limits(max_connections=rows)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        bodies = [
-            {
-                "input_ids": [draw.randrange(2, vocabulary) for _ in range(options.context)],
-                "sampling_params": {
-                    "max_new_tokens": options.tokens,
-                    "min_new_tokens": options.tokens,
-                    "temperature": options.temperature,
-                },
-                "stream": True,
-                **fields,
-            }
-            for _ in range(rows)
-        ]
-        began = time.perf_counter()
-        stamps = await asyncio.gather(*(answer(client, body) for body in bodies))
-        seconds = time.perf_counter() - began
-    gaps = [b - a for one in stamps for a, b in pairwise(one[1:])]
-    return rows * options.tokens / seconds, gaps
+    sampling = {
+        "max_new_tokens": options.tokens,
+        "min_new_tokens": options.tokens - 1,
+        "temperature": options.temperature,
+    }
+    body = json.dumps({"sampling_params": sampling, **fields})
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+        words = ["bench_serving", "--backend", "sglang", "--base-url", url, "--dataset-name", "random-ids"]
+        words += ["--tokenize-prompt", "--random-input-len", str(options.context), "--random-range-ratio", "1"]
+        words += ["--random-output-len", str(options.tokens), "--num-prompts", str(rows), "--seed", str(seed)]
+        words += ["--warmup-requests", "0", "--disable-tqdm", "--ready-check-timeout-sec", "0"]
+        words += ["--output-file", file.name, "--output-details", "--extra-request-body", body]
+        with mock.patch.object(sys, "argv", words), redirect_stdout(StringIO()):
+            cli_main()
+        found: dict[str, Any] = json.loads(Path(file.name).read_text().splitlines()[-1])
+    if found["completed"] != rows or found["total_output_tokens"] != rows * options.tokens:
+        raise SystemExit(
+            f"serve_overhead: {rows} answers of {options.tokens} tokens were asked for, {found['completed']} with "
+            f"{found['total_output_tokens']} tokens in all came: {[e for e in found.get('errors', []) if e][:1]}"
+        )
+    return found
 
 
 def http(table: Table, pair: tuple[Path, Path], options: argparse.Namespace, flags: list[str]) -> None:
     """Two servers."""
-    from transformers import AutoConfig
-
     from lenvm.pipeline.recipe import Server
     from lenvm.pipeline.server import SglangServer
 
     base, lenvm = pair
-    vocabulary = AutoConfig.from_pretrained(base).vocab_size
     settings = Server(args=[*flags, "--disable-radix-cache", "--max-running-requests", str(max(options.batch))])
     logs = options.out.parent
     with (
@@ -161,10 +151,10 @@ def http(table: Table, pair: tuple[Path, Path], options: argparse.Namespace, fla
             between: dict[str, list[float]] = {name: [] for name in runs}
             for repeat in range(options.repeats + 1):
                 for name, (url, fields) in runs.items():
-                    rate, gaps = asyncio.run(traffic(url, rows, options, fields, vocabulary))
+                    found = traffic(url, rows, options, fields, repeat)
                     if repeat:  # the first is for warming up
-                        rates[name].append(rate)
-                        between[name].extend(gaps)
+                        rates[name].append(found["output_throughput"])
+                        between[name].extend(gap for gaps in found["itls"] for gap in gaps)
             sizes = f"B={rows} L={options.context}"
             for name in runs:
                 table.add("tokens per second", name, sizes, rates[name])

@@ -37,6 +37,8 @@ from benchmarks.pairs import make_pair
 FIELDS = {"posterior": {"length_target": 4096}, "bias": {"length_bias": -2.0}, "values": {"return_length_values": True}}
 KERNELS = {"build_candidates": 3, "value_head": 2, "tilt_sample": 1}
 """Launches of each: top-k and two kernels; a kernel and the sum of its parts; a kernel."""
+PICKS = {"index", "index_select", "gather", "embedding"}
+PUTS = {"index_put_", "_index_put_impl_", "index_copy_", "scatter_"}
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
 METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
@@ -69,8 +71,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         name = func._schema.name.removeprefix("aten::")
         if not func.is_view and name not in ("empty", "detach", "sym_size"):
             self.now["launches"] += 1
-            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-            self.now["bytes"] += sum(t.numel() * t.element_size() for t in tensors)
+            self.now["bytes"] += moved(name, args, kwargs, out)
         masks = name in ("index", "index_put_", "index_put") and any(
             t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
         )
@@ -98,6 +99,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
                 return function(*args, **kwargs)
 
         return call
+
+
+def moved(name: str, args: Any, kwargs: Any, out: Any) -> int:
+    """Bytes that an operator reads and writes: of a table that it picks from or writes into, those entries alone."""
+
+    def tensors(*given: Any) -> list[torch.Tensor]:
+        return [t for t in tree_leaves(given) if isinstance(t, torch.Tensor)]
+
+    if name in PICKS:
+        touched = tensors(args[1:], kwargs, out, out)  # what comes out was read
+    elif name in PUTS:
+        read = tensors(args[1:], kwargs)
+        touched = [*read, read[-1]]  # what goes in is written
+    else:
+        touched = tensors(args, kwargs, out)
+    return sum(t.numel() * t.element_size() for t in touched)
 
 
 @contextmanager

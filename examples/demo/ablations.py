@@ -2,12 +2,12 @@
 
     python examples/demo/ablations.py runs/demo --out runs/ablations [--steps 120] [--only target gamma ...]
 
-Reads a finished demo (`base/`, `samples/`), trains one LenVM for each choice with the demo's own configuration, the
-same number of optimizer steps each, and evaluates it on the same validation completions. Each group changes one thing:
-what the value head predicts, how tokens are weighted, gamma, how many samples a prompt, how many prompts, how many of
-the base's layers the backbone keeps, the order of the batches, the precision. The tables and figures are those of
-`lenvm eval ablations` (in OUT) and `lenvm eval scaling` (in OUT/scaling) of these trainings. Runs in the train
-environment; a training that is already there is not repeated.
+Reads a finished demo (`base/`, `samples/`; with `--train`, other completions of its base model), trains one LenVM for
+each choice with the demo's own configuration, the same number of optimizer steps each, and evaluates it on the same
+validation completions. Each group changes one thing: what the value head predicts, how tokens are weighted, gamma, how
+many samples a prompt, how many prompts, how many of the base's layers the backbone keeps, the order of the batches, the
+precision. The tables and figures are those of `lenvm eval ablations` (in OUT) and `lenvm eval scaling` (in OUT/scaling)
+of these trainings. Runs in the train environment; a training that is already there is not repeated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,13 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "0.99": {"lenvm_gamma": 0.99},
         "0.999": {"lenvm_gamma": 0.999},
     },
-    "samples per prompt": {"all (default)": {}, "4": {"samples": 4}, "2": {"samples": 2}, "1": {"samples": 1}},
+    "samples per prompt": {
+        "all (default)": {},
+        "8": {"samples": 8},
+        "4": {"samples": 4},
+        "2": {"samples": 2},
+        "1": {"samples": 1},
+    },
     "prompts": {"all (default)": {}, "1/4": {"share": 0.25}, "1/16": {"share": 0.0625}},
     "layers": {"all (default)": {}, "2": {"layers": 2}, "1": {"layers": 1}},
     "batches": {"shuffled (default)": {}, "by_prompt": {"lenvm_batches": "by_prompt"}},
@@ -67,6 +73,12 @@ def subset(rows: list[str], samples: int | None, share: float) -> list[str]:
     random.Random(0).shuffle(names)
     kept = names[: max(1, round(share * len(names)))]
     return [row for name in kept for row in groups[name][:samples]]
+
+
+def samples_a_prompt(completions: Path) -> int:
+    """The largest number of completions of one prompt in a file."""
+    with completions.open(encoding="utf-8") as rows:
+        return max(Counter(json.loads(row)["prompt_id"] for row in rows).values())
 
 
 def shallower(base: Path, layers: int, directory: Path) -> Path:
@@ -94,8 +106,9 @@ def train(settings: dict[str, Any]) -> None:
     run_exp(settings)
 
 
-def trained(demo: Path, out: Path, steps: int, changes: dict[str, Any], extra: dict[str, Any]) -> Path:
-    """Train one choice, unless it is there, and return its folder."""
+def trained(demo: Path, out: Path, steps: int, changes: dict[str, Any], extra: dict[str, Any],
+            completions: Path) -> Path:  # fmt: skip
+    """Train one choice on `completions`, unless it is there, and return its folder."""
     samples, share, layers = changes.get("samples"), changes.get("share", 1.0), changes.get("layers")
     changes = {key: value for key, value in changes.items() if key not in ("samples", "share", "layers")}
     named = {**changes, "samples": samples, "share": share, "layers": layers, "steps": steps, **extra}
@@ -105,7 +118,7 @@ def trained(demo: Path, out: Path, steps: int, changes: dict[str, Any], extra: d
     run = out / name.replace("/", "-")
     if not (run / "eval_results.json").is_file():
         run.mkdir(parents=True, exist_ok=True)
-        rows = (demo / "samples" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = completions.read_text(encoding="utf-8").splitlines(keepends=True)
         (run / "train.jsonl").write_text("".join(subset(rows, samples, share)), encoding="utf-8")
         held_out = demo / "samples" / "val.jsonl"
         info = {
@@ -132,18 +145,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("demo", type=Path, help="folder of a finished demo run")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--train", type=Path, help="completions to train on; default: the demo's samples/train.jsonl")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each training")
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), metavar="GROUP")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of every training")
     options = parser.parse_args(arguments)
     os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
     extra = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in options.set)}
+    completions = options.train or options.demo / "samples" / "train.jsonl"
+    most = samples_a_prompt(completions)
     groups = {name: choices for name, choices in GROUPS.items() if name in options.only}
     folders: dict[str, list[str]] = {}
     for group, choices in groups.items():
         for choice, changes in choices.items():
+            if changes.get("samples", 0) >= most:
+                continue  # that is all of them
             print(f"{group}: {choice}", flush=True)
-            run = trained(options.demo, options.out, options.steps, changes, extra)
+            run = trained(options.demo, options.out, options.steps, changes, extra, completions)
             folders.setdefault(group, []).append(str(run))
     every = list(dict.fromkeys(run for group in folders.values() for run in group))  # the default, once and first
     outcomes = {options.out: ablations_outcome(read_runs(every), {"steps": options.steps, **extra})}
