@@ -90,7 +90,7 @@ def tilt_cases(rows: int, slots: int, lenvm: LenvmConfig) -> Iterator[Case]:
             f"tilt_sample {label}",
             f"R={rows} K={slots} B={bins}",
             lambda a=arguments: tilt_sample(*a),  # type: ignore[misc]
-            lambda *a: reference.tilt_sample(*a, False),
+            lambda *a: reference.tilt_sample(*a, False, True),
             arguments,
             traffic,
             6 * rows * slots * bins,

@@ -7,6 +7,7 @@ request's own temperature, top-k, top-p and min-p leave, at most K of it, by pro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,9 +27,9 @@ class Candidates:
     log_p: Tensor
     is_stop: Tensor
 
-    @property
+    @cached_property
     def kept(self) -> Tensor:
-        """[R, K] bool: slots that hold a candidate."""
+        """[R, K] bool: slots that hold a candidate. Not to be written to."""
         return self.log_p > -torch.inf
 
 

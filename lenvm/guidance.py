@@ -166,7 +166,7 @@ def guide_rows(
         result = guided if alone else torch.where((rows.control == control)[:, None], guided, result)
     result = result.masked_fill(~candidates.kept, -torch.inf)
     total = torch.logsumexp(result, dim=-1, keepdim=True)
-    valid = total.isfinite()
+    valid = total.abs() < torch.inf  # nor NaN
     return Guided(torch.where(valid, result - total, log_p), ~valid[:, 0])
 
 

@@ -38,17 +38,24 @@ def _key(seed: Any, position: Any, token_id: Any) -> Any:
 
 def keyed_uniform(seed: Tensor, position: Tensor, token_id: Tensor) -> Tensor:
     """Uniform in (0, 1), float64, of the broadcast shape of three int64 tensors."""
-    if token_id.device.type == "cpu":  # forty operators on few numbers: numpy starts one sooner
-        with np.errstate(over="ignore"):  # of 0-dimensional ones, which do not wrap silently
-            key = torch.as_tensor(_key(seed.numpy(), position.numpy(), token_id.numpy()))
-    else:
-        key = _key(seed, position, token_id)
-    return (_shift_right(key, 11).double() + 0.5) * 2.0**-53
+    if token_id.device.type == "cpu":
+        return torch.as_tensor(_uniform(seed, position, token_id))
+    return (_shift_right(_key(seed, position, token_id), 11).double() + 0.5) * 2.0**-53
 
 
 def keyed_gumbel(seed: Tensor, position: Tensor, token_id: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, of the broadcast shape of three int64 tensors."""
+    if token_id.device.type == "cpu":
+        return torch.as_tensor(-np.log(-np.log(_uniform(seed, position, token_id))))
     return -torch.log(-torch.log(keyed_uniform(seed, position, token_id)))
+
+
+def _uniform(seed: Tensor, position: Tensor, token_id: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """`keyed_uniform` of tensors on the CPU: forty operators on few numbers, and numpy starts one sooner than torch."""
+    with np.errstate(over="ignore"):  # of 0-dimensional ones, which do not wrap silently
+        key = _key(seed.numpy(), position.numpy(), token_id.numpy())
+    uniform: np.ndarray[Any, np.dtype[np.float64]] = (_shift_right(key, 11).astype(np.float64) + 0.5) * 2.0**-53
+    return uniform
 
 
 def draw(log_p: Tensor, token_ids: Tensor, seed: Tensor, position: Tensor, greedy: Tensor) -> Tensor:

@@ -106,6 +106,7 @@ def tilt_sample(
     greedy: Tensor,
     present: Collection[Control] | None = None,
     statistics: bool = True,
+    lengths: bool = True,
 ) -> TiltSample:
     """Guide and draw R rows, each after its own rule: `lenvm.guidance.guide`, then `lenvm.sampler.draw`.
 
@@ -123,6 +124,7 @@ def tilt_sample(
         greedy: [R] bool, take the arg max of p' instead of a sample.
         present: the controls that occur in `guidance`, where the host knows them.
         statistics: also give value, expected value, KL to the base and status (free in the kernel).
+        lengths: also give the predicted remaining length (free in the kernel).
 
     Returns:
         TiltSample.
@@ -132,4 +134,4 @@ def tilt_sample(
         from lenvm_kernels.fused import tilt as fused
 
         return fused.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present)
-    return reference.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, statistics)
+    return reference.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, statistics, lengths)

@@ -38,6 +38,7 @@ def tilt_sample(
     greedy: Tensor,
     present: Collection[Control] | None,
     statistics: bool,
+    lengths: bool,
 ) -> TiltSample:
     """`guide`, `draw` and `predicted_lengths`, and the statistics of the result."""
     log_p, fell_back = guide_rows(candidates, scores, guidance, lenvm, present)
@@ -47,11 +48,12 @@ def tilt_sample(
     def chosen(values: Tensor) -> Tensor:
         return values[row, slot]
 
-    one = slot[:, None]
-    taken = Candidates(*(t.gather(-1, one) for t in (candidates.token_ids, candidates.log_p, candidates.is_stop)))
-    log_q = None if scores.length_log_q is None else scores.length_log_q[row, slot][:, None]
-    length = predicted_lengths(taken, Scores(scores.z.gather(-1, one), log_q), lenvm)[:, 0]
-    out = TiltSample(log_p, slot, taken.token_ids[:, 0], length)
+    out = TiltSample(log_p, slot, chosen(candidates.token_ids))
+    if lengths:
+        taken = Candidates(*(chosen(t)[:, None] for t in (candidates.token_ids, candidates.log_p, candidates.is_stop)))
+        log_q = None if scores.length_log_q is None else chosen(scores.length_log_q)[:, None]
+        length = predicted_lengths(taken, Scores(chosen(scores.z)[:, None], log_q), lenvm)[:, 0]
+        out = out._replace(length=length)
     if not statistics:
         return out
     kept = candidates.kept

@@ -27,7 +27,8 @@ class TiltSample(NamedTuple):
             (bit for bit from the kernel).
         slot: [R] int64, the slot drawn.
         token_id: [R] int64, its token.
-        length: [R] float32 predicted remaining length after that token, in tokens; 0 after a stop token.
+        length: [R] float32 predicted remaining length after that token, in tokens; 0 after a stop token. None where it
+            was not asked for.
         value: [R] float32 V = -sigmoid(z) of the state after it, in [-1, 0]; 0 after a stop token. The last four are
             None where no statistics were asked for.
         expected_value: [R] float32 E_p'[V].
@@ -38,7 +39,7 @@ class TiltSample(NamedTuple):
     log_p: Tensor
     slot: Tensor
     token_id: Tensor
-    length: Tensor
+    length: Tensor | None = None
     value: Tensor | None = None
     expected_value: Tensor | None = None
     kl: Tensor | None = None

@@ -213,6 +213,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             parameters.greedy,
             present,
             statistics=self.metrics is not None,
+            lengths=place.reported is not None,
         )
         if self.metrics is not None:
             assert sample.status is not None
@@ -259,9 +260,10 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         self._report(step, place, predicted_lengths(candidates, scores, worker.lenvm)[:, 0])
 
     @staticmethod
-    def _report(step: SamplingStep, place: Place, lengths: Tensor) -> None:
+    def _report(step: SamplingStep, place: Place, lengths: Tensor | None) -> None:
         reported = place.reported
         if reported is not None:
+            assert lengths is not None
             part = lengths if reported.part is None else lengths[reported.part]
             step.outputs.append(LengthOutput(reported.index, reported.states, part, at_prompt=False))
 

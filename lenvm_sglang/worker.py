@@ -256,7 +256,7 @@ class ValueWorker:
         positions, shift = candidate_positions(sequence_lengths, place.shift, width)
         fed = None
         if self.waits_for_nobody and width > 1:
-            kept = candidates.kept
+            kept = candidates.kept.clone()
             kept[:, 0] = True  # a row whose logits hold NaN has no candidate, and is fed one all the same
             fed = kept.flatten().nonzero()[:, 0]
             if len(fed) == rows * width:

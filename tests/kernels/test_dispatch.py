@@ -85,8 +85,9 @@ def test_statistics_are_optional_on_the_reference() -> None:
     candidates = build_candidates(step.logits, step.sampling, step.stops, 16, step.rows, reach=20)
     z = torch.zeros(ROWS, 16)
     args = (candidates, Scores(z, step.log_q), step.rows, LENVM, step.seed, step.greedy)
-    with_, without = tilt_sample(*args), tilt_sample(*args, statistics=False)
+    with_, without = tilt_sample(*args), tilt_sample(*args, statistics=False, lengths=False)
     assert torch.equal(with_.token_id, without.token_id)
+    assert without.length is None and with_.length is not None and (with_.length >= 0).all()
     assert without.kl is None and with_.kl is not None and (with_.kl >= 0).all()
     assert with_.status is not None and (with_.status[step.rows.control == Control.BIAS] == 0).all()
 
