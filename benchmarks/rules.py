@@ -113,9 +113,10 @@ TARGETS: dict[str, tuple[str, Rule | None]] = {
     "hard, value space (the paper's; taken)": ("hard", None),
     "hard, length space, n_hat of the value": ("hard", hard_in_length_space),
     "hard, length space, E[n] of the distribution": ("hard", hard_by_expected_length),
-    "soft (taken)": ("soft", None),
+    "soft (taken)": ("hard", guidance.soft),
     "posterior (taken; the default)": ("posterior", None),
 }
+"""Which controller's requests the variant answers: `lenvm eval control` asks all targets of hard and posterior only."""
 TILTS: dict[str, tuple[tuple[float, ...], Rule | None]] = {
     "p exp(beta u) (the paper's; taken)": ((-40, -16, -6, -2), None),
     "p exp(s z), logit bias": ((-8, -4, -1.5, -0.5), logit_bias),

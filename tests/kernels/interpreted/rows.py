@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Batch:
     def select(self, index: Tensor) -> Batch:
         """The rows of an index."""
         return Batch(
-            Candidates(*(t[index] for t in vars(self.candidates).values())),
+            Candidates(*(getattr(self.candidates, f.name)[index] for f in fields(Candidates))),
             Scores(self.scores.z[index], None if self.scores.length_log_q is None else self.scores.length_log_q[index]),
             self.guidance.select(index),
             self.lenvm,
@@ -50,7 +50,7 @@ class Batch:
         q = self.scores.length_log_q
         return replace(
             self,
-            candidates=Candidates(*(t.gather(1, slots) for t in vars(self.candidates).values())),
+            candidates=Candidates(*(getattr(self.candidates, f.name).gather(1, slots) for f in fields(Candidates))),
             scores=Scores(
                 self.scores.z.gather(1, slots),
                 None if q is None else q.gather(1, slots[..., None].expand(-1, -1, q.shape[-1])),
