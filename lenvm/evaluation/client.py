@@ -164,10 +164,10 @@ def sampling_of(drawn: Mapping[str, Any]) -> dict[str, float]:
     return out
 
 
-class AnswerLog:
-    """The JSONL file of answers: appended to as they come, read again on resumption.
+class JsonLog:
+    """A JSONL file that is appended to as rows come, and read again on resumption.
 
-    The first line holds the parameters (server, model, sizes, sampling, hash of the prompts); a later run must agree.
+    The first line holds the parameters; a later run must agree. Rows are known by their `key`.
     """
 
     def __init__(self, path: Path, parameters: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ class AnswerLog:
             EvaluationError: if the file was written with other parameters.
         """
         self.path = path
-        self._answers: dict[str, dict[str, Any]] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and path.stat().st_size:
             self._resume(parameters)
@@ -202,7 +202,22 @@ class AnswerLog:
                     f"{self.path} was begun with {name} = {before.get(name)!r}, now it is {wanted.get(name)!r}; "
                     "use the same parameters or another --out."
                 )
-        self._answers = {row["key"]: row for row in rows[1:]}
+        self.rows = {row["key"]: row for row in rows[1:]}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one row; it is on disk when this returns."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.rows[row["key"]] = row
+
+
+class AnswerLog:
+    """The log of answers, with what was asked for each (server, model, sizes, sampling and hash of the prompts are the
+    parameters)."""
+
+    def __init__(self, path: Path, parameters: dict[str, Any]) -> None:
+        """Open or create; raises EvaluationError as `JsonLog`."""
+        self._log = JsonLog(path, parameters)
 
     def get(self, request: Request) -> Answer | None:
         """The stored answer to a request; None if there is none.
@@ -210,12 +225,12 @@ class AnswerLog:
         Raises:
             EvaluationError: if the stored answer was asked for with other fields or another seed.
         """
-        row = self._answers.get(request.key)
+        row = self._log.rows.get(request.key)
         if row is None:
             return None
         if row["fields"] != json.loads(json.dumps(request.fields)) or row["seed"] != request.seed:
             raise EvaluationError(
-                f"{self.path} holds another request under the key {request.key} "
+                f"{self._log.path} holds another request under the key {request.key} "
                 f"(fields {row['fields']}, seed {row['seed']}); use another --out."
             )
         return Answer(
@@ -231,25 +246,24 @@ class AnswerLog:
     def add(self, answer: Answer) -> None:
         """Append one answer; it is on disk when this returns."""
         request = answer.request
-        row = {
-            "key": request.key,
-            "experiment": request.experiment,
-            "controller": request.controller,
-            "prompt_id": request.prompt_id,
-            "target": request.target,
-            "sample": request.sample,
-            "seed": request.seed,
-            "fields": request.fields,
-            "text": answer.text,
-            "token_ids": list(answer.token_ids),
-            "length": answer.length,
-            "finish_reason": answer.finish_reason,
-            "lenvm": answer.lenvm,
-            "seconds": round(answer.seconds, 4),
-        }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._answers[request.key] = row
+        self._log.add(
+            {
+                "key": request.key,
+                "experiment": request.experiment,
+                "controller": request.controller,
+                "prompt_id": request.prompt_id,
+                "target": request.target,
+                "sample": request.sample,
+                "seed": request.seed,
+                "fields": request.fields,
+                "text": answer.text,
+                "token_ids": list(answer.token_ids),
+                "length": answer.length,
+                "finish_reason": answer.finish_reason,
+                "lenvm": answer.lenvm,
+                "seconds": round(answer.seconds, 4),
+            }
+        )
 
 
 async def ask_all(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lenvm.evaluation.assemble import LogProbs, control_row
+from lenvm.evaluation.bootstrap import mean_interval
 from lenvm.evaluation.client import Answer, ServerSettings
-from lenvm.evaluation.data import NaturalPrompt, need, read_rows
+from lenvm.evaluation.data import NaturalPrompt
 from lenvm.evaluation.errors import EvaluationError
-from lenvm.evaluation.metrics import MODES, Mode
+from lenvm.evaluation.judge import JudgeSettings, judge_answers
+from lenvm.evaluation.lifebench_items import PHRASES, Item, Unit, tokens_a_word, word_count
+from lenvm.evaluation.metrics import MODES, Mode, length_score
 from lenvm.evaluation.outcome import Cell, Outcome, Plot, Series, Sheet, new_outcome
 from lenvm.evaluation.plan import BASE, CUT, HARD, SOFT, STRICT, Controller, Request, stable_seed
 from lenvm.evaluation.runner import Notify, ask_plan, score_answers
@@ -22,41 +26,26 @@ from lenvm.evaluation.schema import ControlRow, Estimate
 if TYPE_CHECKING:
     from lenvm.sampling.tokens import PromptTokenizer
 
-PHRASES: dict[str, dict[Mode, str]] = {
-    "en": {"equal_to": "equal to", "at_most": "at most", "at_least": "at least"},
-    "cn": {"equal_to": "等于", "at_most": "至多有", "at_least": "至少有"},
-}
 WHOLE = {"create": "creative generation", "qa": "question answering", "reasoning": "reasoning", "summary": "summaries"}
 """The four categories of the whole benchmark, 360 items."""
-OTHERS = {c.key: c for c in (CUT, HARD, SOFT, STRICT)}
+BOOST = Controller("boost", "stop token boosted", None)
+COUNTDOWN = Controller("countdown", "asked to count down", None)
+OTHERS = {c.key: c for c in (CUT, BOOST, COUNTDOWN, HARD, SOFT, STRICT)}
+UNGUIDED = (BASE, CUT, BOOST, COUNTDOWN)
 
 
-@dataclass(frozen=True)
-class Item:
-    """One task; `task` still has the places where constraint and target go."""
-
-    id: str
-    category: str
-    lang: str
-    task: str
-
-    def prompt(self, mode: Mode, target: int) -> str:
-        """The task with a constraint in tokens, as the paper asks: "Your answer must be equal to 512 tokens long"."""
-        phrase = PHRASES[self.lang][mode]
-        if self.lang == "cn":
-            text = self.task.replace("字数必须", "token数必须").replace("{word_count}字", "{word_count}个token")
-        else:
-            text = self.task.replace("{word_count} words", "{word_count} tokens")
-        return text.replace("{word_count_type}", phrase).replace("{word_count}", str(target))
+DEFAULT_CONTROLLERS = ("cut", "boost", "countdown", "hard", "posterior", "posterior_strict")
 
 
 class LifebenchSizes(BaseModel):
-    """What is asked."""
+    """What is asked. `boost` is the logit bias on stop tokens, taken negative under at_least."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     targets: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
     modes: tuple[Mode, ...] = MODES
-    controllers: tuple[str, ...] = ("cut", "hard", "posterior", "posterior_strict")
+    unit: Unit = "tokens"
+    controllers: tuple[str, ...] = DEFAULT_CONTROLLERS
+    boost: float = Field(default=3.0, gt=0)
     sharpness: tuple[float, ...] = Field(default=(1.0, 2.0, 4.0), min_length=1)
     limit: int | None = Field(default=None, ge=2)
     max_prompt_tokens: int | None = Field(default=None, ge=1)
@@ -91,52 +80,46 @@ class LifebenchSizes(BaseModel):
         return found
 
 
-def read_items(path: Path, limit: int | None = None) -> list[Item]:
-    """Read LIFEBench's data file.
+def make_plan(
+    items: Sequence[Item],
+    sizes: LifebenchSizes,
+    tokens: Callable[[Item, int], int] = lambda item, target: target,
+    stops: Sequence[int] = (),
+) -> list[Request]:
+    """Every request; one item is asked with the same seeds by all controllers.
 
     Args:
-        path: JSONL with `id`, `category`, `lang` ("en" or "cn") and `task` with its two places.
-        limit: only so many items, spread evenly over the file, so that all categories stay in it.
-
-    Raises:
-        EvaluationError: for a missing file, a broken line, a language that is not known or a task without its places.
+        items: the tasks.
+        sizes: targets, modes, controllers.
+        tokens: (item, target) -> the target in tokens, where targets are in words.
+        stops: the base's stop tokens, for the controller that boosts them.
     """
-    items: dict[str, Item] = {}
-    for where, row in read_rows(path):
-        need(row, ("id", "category", "lang", "task"), where)
-        if row["lang"] not in PHRASES:
-            raise EvaluationError(f"{where}: `lang` is {row['lang']!r}, allowed are {', '.join(PHRASES)}.")
-        missing = [p for p in ("{word_count_type}", "{word_count}") if p not in row["task"]]
-        if missing:
-            raise EvaluationError(f"{where}: `task` has no {missing[0]}, the place where the constraint goes.")
-        if str(row["id"]) in items:
-            raise EvaluationError(f"{where} repeats the id {row['id']!r}; ids must be unique.")
-        items[str(row["id"])] = Item(str(row["id"]), str(row["category"]), str(row["lang"]), str(row["task"]))
-    found = list(items.values())
-    if not found:
-        raise EvaluationError(f"{path} holds no item.")
-    if limit is not None and limit < len(found):
-        found = [found[i * len(found) // limit] for i in range(limit)]
-    return found
+    return list(_requests(items, sizes, tokens, stops))
 
 
-def make_plan(items: Sequence[Item], sizes: LifebenchSizes) -> list[Request]:
-    """Every request; `sample` numbers the target, so that one item is asked with the same seeds by all controllers."""
-    return list(_requests(items, sizes))
-
-
-def _requests(items: Sequence[Item], sizes: LifebenchSizes) -> Iterator[Request]:
+def _requests(
+    items: Sequence[Item], sizes: LifebenchSizes, tokens: Callable[[Item, int], int], stops: Sequence[int]
+) -> Iterator[Request]:
     for mode in sizes.modes:
         for target in sizes.targets:
             for controller in sizes.chosen(mode):
                 for item in items:
                     seed = stable_seed(sizes.seed, "lifebench", mode, target, controller.key, item.id)
-                    fields = controller.request_fields(mode, target)
+                    fields = controller.request_fields(mode, tokens(item, target))
+                    if controller is BOOST:
+                        bias = -sizes.boost if mode == "at_least" else sizes.boost
+                        fields = {"logit_bias": {str(stop): bias for stop in stops}}
                     yield Request(mode, controller.key, item.id, target, 0, seed, fields)
 
 
 def run_lifebench(
-    items: Sequence[Item], base: Path, out: Path, settings: ServerSettings, sizes: LifebenchSizes, notify: Notify
+    items: Sequence[Item],
+    base: Path,
+    out: Path,
+    settings: ServerSettings,
+    sizes: LifebenchSizes,
+    notify: Notify,
+    judge: JudgeSettings | None = None,
 ) -> Outcome:
     """Ask, score, tabulate.
 
@@ -147,40 +130,72 @@ def run_lifebench(
         settings: the server.
         sizes: targets, modes, controllers.
         notify: progress.
+        judge: an LLM that rates every answer; its replies are kept in OUT/judge.jsonl.
 
     Raises:
-        EvaluationError: as `ask_plan`; also if the largest target does not fit into max_tokens.
+        EvaluationError: as `ask_plan` and `judge_answers`; also if the largest target does not fit into max_tokens.
     """
     import asyncio
 
     from lenvm.sampling.tokens import PromptTokenizer
 
-    if settings.max_tokens <= max(sizes.targets):
-        raise EvaluationError(
-            f"the largest target is {max(sizes.targets)} tokens, but answers end at max_tokens {settings.max_tokens}; "
-            "give a larger --max-tokens or smaller --targets."
-        )
     tokenizer = PromptTokenizer(base)
     whole = len(items)
     items = fitting(items, tokenizer, sizes)
     by_id = {item.id: item for item in items}
+    ratio = {} if sizes.unit == "tokens" else tokens_a_word(items, tokenizer)
 
-    def messages(request: Request) -> list[dict[str, Any]]:
+    def tokens(item: Item, target: int) -> int:
+        return max(1, round(target * ratio.get(item.lang, 1.0)))
+
+    longest = max(tokens(item, max(sizes.targets)) for item in items)
+    if settings.max_tokens <= longest:
+        raise EvaluationError(
+            f"the largest target is {longest} tokens, but answers end at max_tokens {settings.max_tokens}; "
+            "give a larger --max-tokens or smaller --targets."
+        )
+
+    def prompt(request: Request) -> str:
         mode = next(m for m in MODES if m == request.experiment)
         assert request.target is not None, "every request of LIFEBench has a target"
-        return [{"role": "user", "content": by_id[request.prompt_id].prompt(mode, request.target)}]
+        countdown = request.controller == COUNTDOWN.key
+        return by_id[request.prompt_id].prompt(mode, request.target, sizes.unit, countdown)
 
-    plan = make_plan(items, sizes)
+    def messages(request: Request) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": prompt(request)}]
+
+    plan = make_plan(items, sizes, tokens, stop_ids(base))
     parameters = {"items": [item.id for item in items], "sizes": sizes.model_dump(mode="json")}
     answers = asyncio.run(ask_plan(plan, messages, settings, out / "requests.jsonl", parameters, notify))
     log_probs = score_answers(answers, lambda request: tokenizer.prompt_ids(messages(request)), base, notify)
-    outcome = tabulate(items, answers, log_probs, sizes, {"max_tokens": settings.max_tokens, **parameters})
+    ratings: dict[str, int | None] = {}
+    if judge is not None:
+        log = out / "judge.jsonl"
+        asked = judge_answers(answers, lambda a: prompt(a.request), judge, log, partial(notify, "judging"))
+        ratings = asyncio.run(asked)
+        parameters["judge"] = judge.model
+    if sizes.unit == "words":
+        answers = [replace(a, length=word_count(a.text, by_id[a.request.prompt_id].lang)) for a in answers]
+        parameters["tokens_a_word"] = ratio
+    recorded = {"max_tokens": settings.max_tokens, **parameters}
+    outcome = tabulate(items, answers, log_probs, sizes, recorded, ratings)
     if len(items) < whole:
         left = (
             f"{whole - len(items)} items were left out: their prompts have more than {sizes.max_prompt_tokens} tokens."
         )
         outcome.summary.append(left)
     return outcome
+
+
+def stop_ids(base: Path) -> list[int]:
+    """The base model's stop tokens, as its generation config, else its config, names them; empty if neither does."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(base).eos_token_id
+    except OSError:
+        found = AutoConfig.from_pretrained(base).eos_token_id
+    return [] if found is None else [int(i) for i in (found if isinstance(found, list) else [found])]
 
 
 def fitting(items: Sequence[Item], tokenizer: PromptTokenizer, sizes: LifebenchSizes) -> Sequence[Item]:
@@ -191,12 +206,11 @@ def fitting(items: Sequence[Item], tokenizer: PromptTokenizer, sizes: LifebenchS
     """
     if sizes.max_prompt_tokens is None:
         return items
-    longest = max(sizes.targets)
+    longest, countdown = max(sizes.targets), COUNTDOWN.key in sizes.controllers
 
     def tokens(item: Item) -> int:
-        return max(
-            len(tokenizer.prompt_ids([{"role": "user", "content": item.prompt(mode, longest)}])) for mode in sizes.modes
-        )
+        texts = [item.prompt(mode, longest, sizes.unit, countdown) for mode in sizes.modes]
+        return max(len(tokenizer.prompt_ids([{"role": "user", "content": text}])) for text in texts)
 
     found = [item for item in items if tokens(item) <= sizes.max_prompt_tokens]
     if len(found) < 2:
@@ -213,8 +227,18 @@ def tabulate(
     log_probs: LogProbs,
     sizes: LifebenchSizes,
     parameters: dict[str, Any],
+    ratings: Mapping[str, int | None] | None = None,
 ) -> Outcome:
-    """Table 2, quality beside it, and the score by category, language and target. Intervals are clustered by item."""
+    """Table 2, quality beside it, and the score by category, language and target. Intervals are clustered by item.
+
+    Args:
+        items: the tasks.
+        answers: of the whole plan; lengths in the unit of the targets.
+        log_probs: base log-probability a token, by request key.
+        sizes: of the plan.
+        parameters: recorded with the results.
+        ratings: an LLM judge's, by request key.
+    """
     prompts = {i.id: NaturalPrompt(i.id, [], (), (), None, i.category) for i in items}
     rows: dict[tuple[Mode, str], ControlRow] = {}
     for mode in sizes.modes:
@@ -227,13 +251,15 @@ def tabulate(
     groups = {
         "category": {a.request.key: by_id[a.request.prompt_id].category for a in answers},
         "language": {a.request.key: by_id[a.request.prompt_id].lang for a in answers},
-        "target": {a.request.key: f"{a.request.target} tokens" for a in answers},
+        "target": {a.request.key: f"{a.request.target} {sizes.unit}" for a in answers},
     }
     sheets = [_table_2(rows, sizes), _scorers(rows, sizes), _quality(rows, sizes)]
+    if ratings:
+        sheets.append(_ratings(ratings, answers, sizes))
     sheets += [_breakdown(name, labels, answers, sizes) for name, labels in groups.items()]
     return new_outcome(
         "lifebench",
-        "LIFEBench, targets in tokens",
+        f"LIFEBench, targets in {sizes.unit}",
         parameters,
         summary=_summary(items, sizes),
         sheets=sheets,
@@ -248,11 +274,17 @@ def _summary(items: Sequence[Item], sizes: LifebenchSizes) -> list[str]:
     without = f" There are no {', no '.join(absent)}, so the figures are not those of the whole benchmark." * bool(
         absent
     )
+    counted = (
+        "tokens, stop token included"
+        if sizes.unit == "tokens"
+        else "words (in Chinese, characters); guidance is asked for as many tokens as the base's tokenizer makes of so "
+        "many words of the tasks"
+    )
     languages = ", ".join(f"{sum(i.lang == x for i in items)} {x}" for x in PHRASES)
     return [
         f"{len(items)} of the benchmark's 360 items: {parts} ({languages}).{without}",
-        f"Targets {', '.join(map(str, sizes.targets))} tokens, stop token included; one answer an item, target and "
-        "mode. Intervals resample items.",
+        f"Targets {', '.join(map(str, sizes.targets))} {counted}; one answer an item, target and mode. Intervals "
+        "resample items.",
     ]
 
 
@@ -312,10 +344,24 @@ def _quality(rows: Mapping[tuple[Mode, str], ControlRow], sizes: LifebenchSizes)
     )  # fmt: skip
 
 
-def _breakdown(name: str, labels: Mapping[str, str], answers: Sequence[Answer], sizes: LifebenchSizes) -> Sheet:
-    from lenvm.evaluation.bootstrap import mean_interval
-    from lenvm.evaluation.metrics import length_score
+def _ratings(ratings: Mapping[str, int | None], answers: Sequence[Answer], sizes: LifebenchSizes) -> Sheet:
+    table: list[list[Cell]] = []
+    for mode in sizes.modes:
+        for c in sizes.chosen(mode):
+            chosen = [a for a in answers if (a.request.experiment, a.request.controller) == (mode, c.key)]
+            rated = [(float(value), a.request.prompt_id) for a in chosen if (value := ratings[a.request.key])]
+            mean = Estimate.of(mean_interval([v for v, _ in rated], [p for _, p in rated]))
+            table.append([mode, c.label, mean, len(chosen) - len(rated)])
+    return Sheet(
+        title="Rated by an LLM judge",
+        head=["mode", "", "rating, 1 to 10", "no number in the reply"],
+        rows=table,
+        digits=[1, 1, 2, 0],
+        note="The judge is told to leave the length aside. An answer without text counts 1.",
+    )
 
+
+def _breakdown(name: str, labels: Mapping[str, str], answers: Sequence[Answer], sizes: LifebenchSizes) -> Sheet:
     order = list(dict.fromkeys(labels.values()))
     table: list[list[Cell]] = []
     for mode in sizes.modes:
@@ -339,7 +385,9 @@ def _plots(rows: Mapping[tuple[Mode, str], ControlRow], sizes: LifebenchSizes) -
             if row.base_log_prob is None:
                 continue
             e = row.length_score
-            colour = {"base": "base", "cut": "base", "hard": "hard", "soft": "bias"}.get(row.controller, "posterior")
+            colour = {"hard": "hard", "soft": "bias"}.get(row.controller, "posterior")
+            if row.controller in {c.key for c in UNGUIDED}:
+                colour = "base"
             series.append(
                 Series(label=row.label, x=[row.base_log_prob.value], y=[e.value], y_low=[e.low], y_high=[e.high],
                        names=[row.label], style="points", colour=colour)

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,16 +163,13 @@ def _app(server: FakeServer, tokenizer: PreTrainedTokenizerFast) -> FastAPI:
     return app
 
 
-@pytest.fixture
-def fake_server(world: World) -> Iterator[FakeServer]:
-    """The server on a real socket."""
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """An app on a real socket; its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = FakeServer(f"http://127.0.0.1:{port}")
-    runner = uvicorn.Server(
-        uvicorn.Config(_app(server, world.tokenizer), host="127.0.0.1", port=port, log_level="error")
-    )
+    runner = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
     for _ in range(200):
@@ -179,6 +177,14 @@ def fake_server(world: World) -> Iterator[FakeServer]:
             break
         time.sleep(0.05)
     assert runner.started
-    yield server
+    yield f"http://127.0.0.1:{port}"
     runner.should_exit = True
     thread.join(10)
+
+
+@pytest.fixture
+def fake_server(world: World) -> Iterator[FakeServer]:
+    """The server on a real socket."""
+    server = FakeServer("")
+    with served(_app(server, world.tokenizer)) as server.url:
+        yield server

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from typer.testing import CliRunner
 
 from lenvm.cli import main
 from lenvm.evaluation.errors import EvaluationError
-from lenvm.evaluation.lifebench import Item, LifebenchSizes, make_plan, read_items
+from lenvm.evaluation.judge import rating
+from lenvm.evaluation.lifebench import LifebenchSizes, make_plan
+from lenvm.evaluation.lifebench_items import Item, read_items, word_count
 from lenvm.evaluation.metrics import cut_sentence, length_score, released_score
 from lenvm.evaluation.outcome import read_outcome
 from lenvm.evaluation.schema import Estimate
+from tests.eval.conftest import STOP, served
 
 
 def test_both_scorers_by_hand():
@@ -81,8 +87,8 @@ def test_cutting_is_not_asked_where_it_cannot_work(items):
     asked = {(r.experiment, r.controller) for r in plan}
     assert ("at_least", "cut") not in asked
     assert ("equal_to", "cut") in asked
-    assert {k for _, k in asked} == {"base", "cut", "hard", "posterior_a1", "posterior_a2", "posterior_a4",
-                                     "posterior_strict"}  # fmt: skip
+    posteriors = {"posterior_a1", "posterior_a2", "posterior_a4", "posterior_strict"}
+    assert {k for _, k in asked} == {"base", "cut", "boost", "countdown", "hard", *posteriors}
     cut = next(r for r in plan if r.controller == "cut")
     assert cut.fields == {"max_tokens": 8}
 
@@ -137,6 +143,89 @@ def test_items_that_do_not_fit_are_left_out_and_counted(world, fake_server, item
     assert "99" not in outcome.parameters["items"]
     none = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "p"), "--max-prompt-tokens", "1"])
     assert "0 of 7 prompts have at most 1 tokens" in " ".join(none.output.split())
+
+
+def test_what_the_controllers_without_a_lenvm_ask(world, fake_server, items, tmp_path):
+    words = ["eval", "lifebench", "--server", fake_server.url, "--data", str(items), "--base", str(world.base),
+             "--targets", "12", "--controllers", "boost,countdown", "--boost", "4",
+             "--out", str(tmp_path / "o")]  # fmt: skip
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    bias = [body["logit_bias"][str(STOP)] for body in fake_server.seen if "logit_bias" in body]
+    assert sorted(bias) == [-4.0] * 6 + [4.0] * 12
+    asked = [body["messages"][0]["content"] for body in fake_server.seen]
+    assert sum("Keep count while you write" in text for text in asked) == 9
+    assert sum("写作时请倒数" in text for text in asked) == 9
+
+
+def test_words_are_counted_and_targets_become_tokens(world, fake_server, items, tmp_path):
+    assert word_count("It is 16,  or so.", "en") == 5
+    assert word_count("他买了 3 个apple。", "cn") == 6
+    words = ["eval", "lifebench", "--server", fake_server.url, "--data", str(items), "--base", str(world.base),
+             "--unit", "words", "--targets", "12", "--modes", "equal_to", "--controllers", "posterior",
+             "--out", str(tmp_path / "o")]  # fmt: skip
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    text = next(body["messages"][0]["content"] for body in fake_server.seen)
+    assert "token" not in text
+    outcome = read_outcome(tmp_path / "o" / "results.json")
+    ratio = outcome.parameters["tokens_a_word"]
+    asked = {lang: max(1, round(12 * tokens)) for lang, tokens in ratio.items()}
+    assert 1 < asked["en"] < 12, "this tokenizer drops the words that it does not know"
+    guided = {body["length_target"] for body in fake_server.seen if "length_target" in body}
+    assert guided == set(asked.values())
+    assert outcome.sheet("Length Score by target").head[2:] == ["12 words"]
+    assert "words (in Chinese, characters)" in outcome.summary[1]
+    row = next(r for r in outcome.sheet("Length Score by language").rows if r[1] == "posterior, sharpness 1")
+    english = row[outcome.sheet("Length Score by language").head.index("en")]
+    rows = [json.loads(line) for line in (tmp_path / "o" / "requests.jsonl").read_text().splitlines()[1:]]
+    texts = [r["text"] for r in rows if r["controller"] == "posterior_a1" and int(r["prompt_id"]) % 2]
+    scores = [float(length_score(len(text.split()), 12)) for text in texts]
+    assert isinstance(english, Estimate) and english.value == pytest.approx(sum(scores) / 3)
+
+
+def test_a_judge_rates_every_answer_once(world, fake_server, items, tmp_path):
+    seen: list[dict[str, Any]] = []
+    judge = FastAPI()
+
+    @judge.post("/v1/chat/completions")
+    async def rate(http: Request) -> Any:
+        seen.append(await http.json())
+        if len(seen) == 5:
+            return JSONResponse({"error": {"message": "too much", "code": 422}}, 422)
+        content = "no idea" if len(seen) == 1 else "Rating: 8/10"
+        message = {"role": "assistant", "content": content}
+        return {"id": "x", "object": "chat.completion", "created": 0, "model": "big",
+                "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
+
+    words = ["eval", "lifebench", "--server", fake_server.url, "--data", str(items), "--base", str(world.base),
+             "--targets", "12", "--modes", "equal_to", "--controllers", "hard", "--concurrency", "1",
+             "--out", str(tmp_path / "o")]  # fmt: skip
+    with served(judge) as url:
+        alone = CliRunner().invoke(main, [*words, "--judge", url])
+        assert alone.exit_code == 2
+        assert "go together" in " ".join(alone.output.split())
+        words += ["--judge", url, "--judge-model", "big"]
+        stopped = CliRunner().invoke(main, words)
+        assert stopped.exit_code == 1
+        assert "the judge at" in " ".join(stopped.output.split())
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 0, done.output
+    assert len(seen) == 13, "12 answers, one of them asked again"
+    assert len(fake_server.seen) == 12
+    assert "[Answer]" in seen[0]["messages"][0]["content"]
+    rows = {row[1]: row for row in read_outcome(tmp_path / "o" / "results.json").sheet("Rated").rows}
+    mean = rows["paper's hard rule"][2]
+    assert isinstance(mean, Estimate) and mean.value == 8.0 and mean.n == 6
+    assert rows["base model"][3] == 1, "one reply without a number"
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [("7", 7), ("10", 10), ("Rating: 8/10", 8), ("0", None), ("7.5", None), ("11", None), ("", None), ("9.", 9)],
+)
+def test_ratings_are_whole_numbers(reply: str, expected: int | None):
+    assert rating(reply) == expected
 
 
 def test_options_that_cannot_be(world, fake_server, items, tmp_path):
