@@ -69,7 +69,7 @@ def of_gsm8k(run: Path, options: argparse.Namespace) -> Iterator[Part]:
     yield Part("gsm8k_tokens", "Tokens that lengthen and shorten", words, asks=False)
     curves = ("--base", base, "--samples", "2", "--biases=-16,-4,0", "--budgets", "60,120", "--max-tokens", "384")
     # the questions alone, as the base learnt them
-    curves += ("--instruction", "", "--limit", problems)
+    curves += ("--instruction", "", "--limit", problems, "--max-prompt-tokens", "600")
     words = ("tradeoff", "--data", str(data / "gsm8k_test.jsonl"), *curves)
     yield Part("gsm8k_tradeoff", "GSM8K: accuracy against length", words)
     words = ("tradeoff", "--data", str(data / "math500.jsonl"), *curves)

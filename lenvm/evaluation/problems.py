@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,4 +57,22 @@ def read_problems(
         raise EvaluationError(f"{path} holds an id twice; ids must be unique.")
     if limit is not None and limit < len(found):
         found = [found[i * len(found) // limit] for i in range(limit)]
+    return found
+
+
+def fitting(problems: Sequence[Problem], base: Path, most: int) -> list[Problem]:
+    """The problems whose prompts have at most `most` tokens of the base model's.
+
+    Raises:
+        EvaluationError: if fewer than two have.
+    """
+    from lenvm.sampling.tokens import PromptTokenizer
+
+    tokenizer = PromptTokenizer(base)
+    found = [p for p in problems if len(tokenizer.prompt_ids(p.messages)) <= most]
+    if len(found) < 2:
+        raise EvaluationError(
+            f"{len(found)} of {len(problems)} prompts have at most {most} tokens; at least 2 are needed: give a larger "
+            "--max-prompt-tokens."
+        )
     return found

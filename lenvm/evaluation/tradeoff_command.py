@@ -22,6 +22,10 @@ def tradeoff(
     budgets: Annotated[str, typer.Option(help="Budgets of posterior at_most, in tokens.")] = "",
     passes: Annotated[str, typer.Option(help="k of pass@k.")] = "1",
     limit: Annotated[int | None, typer.Option(min=2, help="Only so many problems, spread over the file.")] = None,
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Leave out problems whose prompt is longer, by --base: for a short context."),
+    ] = None,
     instruction: Annotated[
         str | None, typer.Option(help="Line before a bare question; default: the paper's for mathematics.")
     ] = None,
@@ -43,7 +47,7 @@ def tradeoff(
     from lenvm.evaluation.client import ServerSettings
     from lenvm.evaluation.errors import EvaluationError
     from lenvm.evaluation.grading import verified
-    from lenvm.evaluation.problems import MATH_INSTRUCTION, read_problems
+    from lenvm.evaluation.problems import MATH_INSTRUCTION, fitting, read_problems
     from lenvm.evaluation.runner import ask_plan, score_answers
     from lenvm.evaluation.tradeoff import TradeoffSizes, graded, make_plan, tradeoff_outcome
 
@@ -58,9 +62,14 @@ def tradeoff(
     )
     if max(sizes.passes) > samples:
         raise typer.BadParameter(f"pass@{max(sizes.passes)} needs as many answers; give --samples {max(sizes.passes)}.")
+    if max_prompt_tokens is not None and base is None:
+        raise typer.BadParameter("--max-prompt-tokens needs --base, whose tokenizer counts.")
     sampling = {"temperature": temperature, "top_p": top_p, **({"min_p": min_p} if min_p else {})}
     with reported(console):
         problems = read_problems(data, limit, MATH_INSTRUCTION if instruction is None else instruction, question)
+        whole = len(problems)
+        if max_prompt_tokens is not None and base is not None:
+            problems = fitting(problems, base, max_prompt_tokens)
         if any(b > max_tokens for b in sizes.budgets):
             raise EvaluationError(f"a budget above --max-tokens {max_tokens} bounds nothing; got {sizes.budgets}.")
         by_id = {p.id: p for p in problems}
@@ -102,4 +111,9 @@ def tradeoff(
             {**recorded, "max_tokens": max_tokens, "concurrency": concurrency},
             log_probs,
         )
+        if len(problems) < whole:
+            outcome.summary.append(
+                f"{whole - len(problems)} problems were left out: their prompts have more than {max_prompt_tokens} "
+                "tokens."
+            )
     finish(outcome, out, console)

@@ -126,3 +126,23 @@ def test_the_command(world, fake_server, tmp_path):
     assert many.exit_code == 2
     above = CliRunner().invoke(main, [*words, "--budgets", "99"])
     assert "above --max-tokens" in " ".join(above.output.split())
+
+
+def test_problems_that_do_not_fit_are_left_out_and_counted(world, fake_server, tmp_path):
+    data = tmp_path / "problems.jsonl"
+    rows = [{"messages": [{"role": "user", "content": f"w{i} " * (50 if i == 2 else 1)}], "answer": str(i), "id": i}
+            for i in range(4)]  # fmt: skip
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    words = ["eval", "tradeoff", "--server", fake_server.url, "--data", str(data), "--out", str(tmp_path / "o"),
+             "--samples", "1", "--biases=-5", "--max-tokens", "64"]  # fmt: skip
+    without = CliRunner().invoke(main, [*words, "--max-prompt-tokens", "20"])
+    assert without.exit_code == 2
+    assert "needs --base" in " ".join(without.output.split())
+    words += ["--base", str(world.base), "--max-prompt-tokens"]
+    done = CliRunner().invoke(main, [*words, "20"])
+    assert done.exit_code == 0, done.output
+    summary = read_outcome(tmp_path / "o" / "results.json").summary
+    assert summary[0].startswith("3 problems")
+    assert summary[-1] == "1 problems were left out: their prompts have more than 20 tokens."
+    none = CliRunner().invoke(main, [*words, "1"])
+    assert "0 of 4 prompts have at most 1 tokens" in " ".join(none.output.split())
