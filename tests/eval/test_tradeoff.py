@@ -130,7 +130,7 @@ def test_the_command(world, fake_server, tmp_path):
 
 def test_problems_that_do_not_fit_are_left_out_and_counted(world, fake_server, tmp_path):
     data = tmp_path / "problems.jsonl"
-    rows = [{"messages": [{"role": "user", "content": f"w{i} " * (50 if i == 2 else 1)}], "answer": str(i), "id": i}
+    rows = [{"messages": [{"role": "user", "content": f"w{i} " * (50 if i == 2 else 5)}], "answer": str(i), "id": i}
             for i in range(4)]  # fmt: skip
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
     words = ["eval", "tradeoff", "--server", fake_server.url, "--data", str(data), "--out", str(tmp_path / "o"),
