@@ -21,6 +21,11 @@ PLACES = (
 LOGGED = ("save_", "logging_", "ray_", "swanlab_", "hub_")
 
 
+def whole(number: float) -> float | int:
+    """The number, as an integer if it is one."""
+    return int(number) if number == int(number) else number
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished training.
@@ -62,7 +67,7 @@ class Run:
         found = {k: v for k, v in self.record.settings.items() if k not in PLACES and not k.startswith(LOGGED)}
         if self.record.train is not None:
             data = self.record.train
-            found |= {"samples per prompt": round(data.completions / data.prompts, 1), "prompts": data.prompts}
+            found |= {"samples per prompt": whole(round(data.completions / data.prompts, 1)), "prompts": data.prompts}
         return found
 
 

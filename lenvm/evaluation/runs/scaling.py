@@ -10,7 +10,7 @@ import numpy as np
 
 from lenvm.evaluation.errors import EvaluationError
 from lenvm.evaluation.outcome import Cell, Outcome, Plot, Series, Sheet, new_outcome
-from lenvm.evaluation.runs.read import Run
+from lenvm.evaluation.runs.read import whole, Run
 from lenvm.evaluation.runs.record import RECORD_FILE
 
 AXES = ("samples per prompt", "prompts", "parameters")
@@ -107,10 +107,10 @@ def scaling_outcome(runs: Sequence[Run], metric: str, parameters: dict[str, Any]
     for axis in AXES:
         drawn = []
         for part in series_of(runs, axis):
-            others = ", ".join(f"{sizes_of(part[0])[name]:,.4g} {name}" for name in AXES if name != axis)
+            others = ", ".join(f"{whole(round(sizes_of(part[0])[name], 1)):,} {name}" for name in AXES if name != axis)
             x, y = [sizes_of(run)[axis] for run in part], [run.metric(metric) for run in part]
             rows += [
-                [axis, others, size, error, run.name or run.folder.name]
+                [axis, others, whole(size), error, run.name or run.folder.name]
                 for run, size, error in zip(part, x, y, strict=True)
             ]
             drawn.append(Series(label=others, x=x, y=y, style="points"))
