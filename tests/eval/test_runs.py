@@ -66,7 +66,7 @@ def test_variants_are_found_by_what_differs(tmp_path: Path) -> None:
         "target": ["return", "log_length", "length"],
         "gamma": ["auto", "0.9"],
         "gamma, target": ["auto, return", "0.9, length"],
-        "samples per prompt": ["4.0", "1.0"],
+        "samples per prompt": ["4", "1"],
         "bf16": ["default", "True"],
         "seed": ["default", "mine"],
     }

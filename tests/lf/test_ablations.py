@@ -46,14 +46,14 @@ def test_one_command_gives_table_and_plot(world: Any, capsys: pytest.CaptureFixt
         table = list(csv.DictReader(file))
     assert [(row["varied"], row["choice"]) for row in table] == [
         ("weighting", "token (reference)"), ("weighting", "trajectory"),
-        ("samples per prompt", "4.0 (reference)"), ("samples per prompt", "1.0"),
+        ("samples per prompt", "4 (reference)"), ("samples per prompt", "1"),
     ]  # fmt: skip
     assert table[0]["MAE"] == table[2]["MAE"], "the default is trained once"
     assert len({row["MAE"] for row in table}) == 3
     assert (out / "figures.png").stat().st_size > 10_000
     with (out / "scaling" / "table.csv").open() as file:
         assert [(row["axis"], row["size"]) for row in csv.DictReader(file)] == [
-            ("samples per prompt", "1.0"), ("samples per prompt", "4.0"),
+            ("samples per prompt", "1"), ("samples per prompt", "4"),
         ]  # fmt: skip
     printed = capsys.readouterr().out
     assert "trajectory" in printed and "length_mae of each training" in printed
