@@ -32,7 +32,7 @@ def sample(
     prompts: Annotated[
         Path,
         typer.Argument(
-            help="JSONL or parquet file, or dataset directory: `id`, `messages`, and anything else, kept as `meta`."
+            help="JSONL or parquet file, or dataset directory: `id`, `messages`, `images`; the rest is kept as `meta`."
         ),
     ],
     out: Annotated[Path, typer.Option(help="JSONL file of completions; continued if it is there.")],
@@ -52,10 +52,16 @@ def sample(
     concurrency: Annotated[int, typer.Option(min=1, help="Completions in flight.")] = defaults.CONCURRENCY,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
     columns: Annotated[
-        str, typer.Option(help="Other names of columns, e.g. prompt=question,id=uuid (id, messages, prompt, system).")
+        str,
+        typer.Option(
+            help="Other names of columns, e.g. prompt=question,images=image (id, messages, prompt, system, images)."
+        ),
     ] = "",
     split: Annotated[str | None, typer.Option(help="Which split of a dataset directory.")] = None,
     instruction: Annotated[str, typer.Option(help="Line before each `prompt` of a column map.")] = "",
+    media_dir: Annotated[
+        Path | None, typer.Option(help="Folder that paths of images are relative to; default: the prompts' own.")
+    ] = None,
     first_turn: Annotated[
         bool, typer.Option("--first-turn", help="Keep conversations up to the first user message.")
     ] = False,
@@ -81,6 +87,7 @@ def sample(
     from rich.console import Console
 
     from lenvm.sampling.errors import SamplingError
+    from lenvm.sampling.images import images_folder
     from lenvm.sampling.prompts import Reading
     from lenvm.sampling.settings import SamplingSettings
     from lenvm.sampling.shards import Shard
@@ -99,7 +106,7 @@ def sample(
             retries=retries,
             timeout=timeout,
         )
-        reading = Reading(_columns(columns), instruction, first_turn, deduplicate, split)
+        reading = Reading(_columns(columns), instruction, first_turn, deduplicate, split, media_dir, images_folder(out))
         part = None if shard is None else Shard.parse(shard)
         failed = run(
             prompts,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lenvm.sampling.errors import SamplingError
+from lenvm.sampling.images import PromptImage, place_images, read_images, shown_images
 from lenvm.sampling.sources import read_source
 
-FIELDS = ("id", "messages", "prompt", "system")
+FIELDS = ("id", "messages", "prompt", "system", "images")
 """What a column map can name."""
 
 
@@ -22,13 +23,19 @@ class Prompt:
 
     Attributes:
         id: unique in its file.
-        messages: chat messages, the last of them the user's.
+        messages: chat messages, the last of them the user's; a part `{"type": "image"}` for each image.
         meta: the row's other keys, kept under "meta" in every sample of it.
+        images: in the order of their places in the messages.
     """
 
     id: str
     messages: list[dict[str, Any]]
     meta: dict[str, Any] = field(default_factory=dict)
+    images: tuple[PromptImage, ...] = ()
+
+    def identity(self) -> list[Any]:
+        """What a server is asked: two prompts of the same identity are one, whatever their ids and file names."""
+        return [self.messages, *([[image.sha256 for image in self.images]] if self.images else [])]
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,13 @@ class Reading:
 
     Attributes:
         columns: our name -> the source's column, for `id`, `messages`, `prompt` (a text, which becomes the user's
-            message) and `system`. Without a column for `id` rows are numbered.
+            message), `system` and `images`. Without a column for `id` rows are numbered.
         instruction: put before a `prompt`, on a line of its own.
         first_turn: keep a conversation up to its first user message (WildChat).
-        deduplicate: leave out prompts whose messages occurred before.
+        deduplicate: leave out prompts whose messages, with the same images, occurred before.
         split: of a dataset directory.
+        media: folder that paths of images are relative to; default: that of the prompt file, or the dataset directory.
+        images: folder where images are written to that rows hold as bytes; without one they are refused.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -49,6 +58,8 @@ class Reading:
     first_turn: bool = False
     deduplicate: bool = False
     split: str | None = None
+    media: Path | None = None
+    images: Path | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.columns) - set(FIELDS))
@@ -56,6 +67,8 @@ class Reading:
             raise SamplingError(f"a column map knows {', '.join(FIELDS)}, got {unknown[0]!r}.")
         if "messages" in self.columns and "prompt" in self.columns:
             raise SamplingError("a column map names either `messages` or `prompt`, got both.")
+        if self.media is not None and not self.media.is_dir():
+            raise SamplingError(f"--media-dir must be the folder of the images, got {self.media}, which is none.")
 
 
 def read_prompts(path: Path, limit: int | None = None, reading: Reading | None = None) -> list[Prompt]:
@@ -67,9 +80,12 @@ def read_prompts(path: Path, limit: int | None = None, reading: Reading | None =
         reading: how rows become prompts; default: `id` and `messages` as they are.
 
     Raises:
-        SamplingError: for a missing or empty source, a row that is no prompt, or an id that occurs twice.
+        SamplingError: for a missing or empty source, a row that is no prompt, an image that cannot be opened, or an id
+            that occurs twice.
     """
     how = reading or Reading()
+    if how.media is None:
+        how = replace(how, media=path if path.is_dir() else path.parent)
     prompts: list[Prompt] = []
     seen: dict[str, str] = {}
     texts: set[bytes] = set()
@@ -78,7 +94,7 @@ def read_prompts(path: Path, limit: int | None = None, reading: Reading | None =
             break
         prompt = _prompt(row, where, how, number)
         if how.deduplicate:
-            key = hashlib.blake2b(json.dumps(prompt.messages, sort_keys=True).encode(), digest_size=16).digest()
+            key = hashlib.blake2b(json.dumps(prompt.identity(), sort_keys=True).encode(), digest_size=16).digest()
             if key in texts:
                 continue
             texts.add(key)
@@ -105,8 +121,16 @@ def _prompt(row: Any, where: str, how: Reading, number: int) -> Prompt:
     messages = _messages(row, columns, how, where)
     if "system" in how.columns and row[how.columns["system"]]:
         messages = [{"role": "system", "content": str(row[how.columns["system"]])}, *messages]
-    meta = {k: v for k, v in row.items() if k not in columns.values()}
-    return Prompt(str(number) if numbered else str(row[columns["id"]]), messages, _plain(meta, where))
+    column = columns.get("images", "images")
+    images: tuple[PromptImage, ...] = ()
+    if column in row:
+        images = read_images(row[column], where, column, how.media or Path(), how.images)
+    messages = place_images(messages, len(images) if column in row else None, where)
+    if how.first_turn and "prompt" not in columns:
+        messages = _first_turn(messages, columns["messages"], where)
+        images = images[: shown_images(messages)]  # of later turns
+    meta = {k: v for k, v in row.items() if k not in (*columns.values(), column)}
+    return Prompt(str(number) if numbered else str(row[columns["id"]]), messages, _plain(meta, where), images)
 
 
 def _messages(row: dict[str, Any], columns: Mapping[str, str], how: Reading, where: str) -> list[dict[str, Any]]:
@@ -119,13 +143,7 @@ def _messages(row: dict[str, Any], columns: Mapping[str, str], how: Reading, whe
     good = isinstance(messages, list) and all(isinstance(m, dict) and "role" in m and "content" in m for m in messages)
     if not good or not messages:
         raise SamplingError(f"{where}: `{name}` must be a list of objects with `role` and `content`, not empty.")
-    if how.first_turn:
-        ends = [i for i, m in enumerate(messages) if m["role"] == "user"]
-        if not ends:
-            raise SamplingError(f"{where}: `{name}` has no message of the user.")
-        # a dataset keeps dates, languages and the like in each message; a chat template wants role and content
-        return [{"role": m["role"], "content": m["content"]} for m in messages[: ends[0] + 1]]
-    if messages[-1]["role"] == "assistant":
+    if messages[-1]["role"] == "assistant" and not how.first_turn:
         raise SamplingError(
             f"{where}: the last message is the assistant's; a prompt must end before the answer "
             "(--first-turn keeps the first question alone)."
@@ -133,12 +151,23 @@ def _messages(row: dict[str, Any], columns: Mapping[str, str], how: Reading, whe
     return messages
 
 
+def _first_turn(messages: list[dict[str, Any]], name: str, where: str) -> list[dict[str, Any]]:
+    ends = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    if not ends:
+        raise SamplingError(f"{where}: `{name}` has no message of the user.")
+    # a dataset keeps dates, languages and the like in each message; a chat template wants role and content
+    return [{"role": m["role"], "content": m["content"]} for m in messages[: ends[0] + 1]]
+
+
 def _plain(meta: dict[str, Any], where: str) -> dict[str, Any]:
     """Only what JSON can hold: dates of a parquet file become text; bytes are refused."""
     try:
         return dict(json.loads(json.dumps(meta, default=_text)))
     except TypeError as error:
-        raise SamplingError(f"{where}: {error}; leave that column out of the file.") from None
+        raise SamplingError(
+            f"{where}: {error}; leave that column out of the file, or map it with --columns images=NAME if it is one "
+            "of images."
+        ) from None
 
 
 def _text(value: Any) -> str:
@@ -148,10 +177,10 @@ def _text(value: Any) -> str:
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """Of ids and messages: what decides the samples. The digest is that of one JSON list, made piece by piece."""
+    """Of ids, messages and images: what decides the samples. The digest is of one JSON list, made piece by piece."""
     digest = hashlib.sha256(b"[")
     for i, p in enumerate(prompts):
-        text = json.dumps([p.id, p.messages], sort_keys=True, ensure_ascii=False)
+        text = json.dumps([p.id, *p.identity()], sort_keys=True, ensure_ascii=False)
         digest.update(f"{', ' if i else ''}{text}".encode())
     digest.update(b"]")
     return digest.hexdigest()

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from lenvm.sampling.errors import SamplingError
+from lenvm.sampling.images import path_from
 from lenvm.sampling.log import CompletionLog
 from lenvm.sampling.pool import Source
 from lenvm.sampling.prompts import Prompt, prompts_hash, sample_seed
@@ -88,7 +89,7 @@ async def _sample(
     limits = httpx.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
     timeout = httpx.Timeout(settings.timeout, connect=min(10.0, settings.timeout))
     async with httpx.AsyncClient(limits=limits, timeout=timeout, headers=api_key_header()) as client:
-        await server.open(client, prompts[0])
+        await server.open(client, next((p for p in prompts if p.images), prompts[0]))
         with CompletionLog(out, {**parameters, **_parameters(server, settings)}) as log:
             result = SamplingResult(kept=len(log.done), repaired=log.repaired, notes=list(server.notes))
             total = len(prompts) * settings.n
@@ -152,7 +153,7 @@ async def _draw_missing(
         finally:
             slots.release()
         for k, completion in zip(samples, completions, strict=True):
-            log.write(_row(prompt, k, completion, model, distribution, settings.seed))
+            log.write(_row(prompt, k, completion, model, distribution, settings.seed, log.path.parent))
         result.drawn += len(completions)
         notify(len(log.done), total, log.tokens - before)
 
@@ -176,7 +177,7 @@ async def _draw_missing(
 
 
 def _row(
-    prompt: Prompt, k: int, completion: Completion, model: str, distribution: dict[str, Any], seed: int
+    prompt: Prompt, k: int, completion: Completion, model: str, distribution: dict[str, Any], seed: int, folder: Path
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
         "prompt_id": prompt.id,
@@ -192,6 +193,9 @@ def _row(
         "token_ids": "retokenised" if completion.retokenised else "server",
         "meta": prompt.meta,
     }
+    if prompt.images:
+        row["images"] = [path_from(image.path, folder) for image in prompt.images]
+        row["image_sha256"] = [image.sha256 for image in prompt.images]
     if completion.retokenised:
         row["counted_tokens"] = completion.counted
     return row

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from lenvm.sampling.errors import SamplingError
+from lenvm.sampling.images import data_url, openai_messages
 from lenvm.sampling.prompts import Prompt, sample_seed
 from lenvm.sampling.settings import SamplingSettings
 from lenvm.sampling.tokens import PromptTokenizer
@@ -25,7 +26,8 @@ class Completion:
     """One drawn completion.
 
     Attributes:
-        prompt_token_ids: the prompt as the model saw it.
+        prompt_token_ids: the prompt as the model saw it, all tokens of an image included (one for each image where
+            the server gave none).
         text: without the stop token.
         token_ids: the stop token included where it stopped; its length is L.
         finish_reason: `stop`, or `length` where max_tokens cut it.
@@ -69,8 +71,12 @@ class Server(ABC):
     async def open(self, client: httpx.AsyncClient, first: Prompt) -> None:
         """Find model name and abilities.
 
+        Args:
+            client: for the requests.
+            first: a prompt that will be asked, one with images if any has them.
+
         Raises:
-            SamplingError: if the server cannot be used.
+            SamplingError: if the server cannot be used, or reads no images and `first` has some.
         """
 
     async def draw(self, client: httpx.AsyncClient, prompt: Prompt, samples: Sequence[int]) -> list[Completion]:
@@ -82,7 +88,11 @@ class Server(ABC):
         drawn: list[Completion] = []
         for start in range(0, len(samples), self.group):
             part = samples[start : start + self.group]
-            answer = await post_json(client, self._address, self._request(prompt, part), self.settings.retries)
+            try:
+                body = self._request(prompt, part)
+            except OSError as error:
+                raise RequestFailedError(f"an image cannot be read any more: {error}") from None
+            answer = await post_json(client, self._address, body, self.settings.retries)
             drawn += self._completions(prompt, part, answer)
         return drawn
 
@@ -150,15 +160,25 @@ class SglangServer(Server):
                     f"the server's tokenizer ({self._directory}) is no directory on this machine; give --tokenizer DIR."
                 )
         self._tokenizer = PromptTokenizer(self._directory, self._template)
+        if first.images:
+            await self._check_images(client, first)
+
+    async def _check_images(self, client: httpx.AsyncClient, first: Prompt) -> None:
+        # a server of a text model passes over images without a word
+        info = await get_json(client, f"{self.url}/model_info")
+        if not isinstance(info, dict) or not info.get("has_image_understanding"):
+            raise SamplingError(f"{self.model} at {self.url} reads no images; serve a vision-language model.")
+        self._opened.check_images(first.messages)
 
     @property
     def _address(self) -> str:
         return f"{self.url}/generate"
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    @property
+    def _opened(self) -> PromptTokenizer:
         if self._tokenizer is None:
             raise RuntimeError("open the server first")
-        return self._tokenizer.prompt_ids(prompt.messages)
+        return self._tokenizer
 
     def _request(self, prompt: Prompt, samples: Sequence[int]) -> dict[str, Any]:
         s = self.settings
@@ -169,17 +189,24 @@ class SglangServer(Server):
             "min_p": s.min_p,
             "max_new_tokens": s.max_tokens,
         }
-        return {
-            "input_ids": [self._ids(prompt)] * len(samples),
-            "sampling_params": [{**common, "sampling_seed": sample_seed(s.seed, prompt.id, k)} for k in samples],
-        }
+        asked: dict[str, Any] = {"input_ids": [self._opened.prompt_ids(prompt.messages)] * len(samples)}
+        if prompt.images:  # only the server knows how many tokens each takes
+            asked = {
+                "text": [self._opened.prompt_text(prompt.messages)] * len(samples),
+                "image_data": [[data_url(image) for image in prompt.images]] * len(samples),
+                "return_prompt_token_ids": True,
+            }
+        params = [{**common, "sampling_seed": sample_seed(s.seed, prompt.id, k)} for k in samples]
+        return {**asked, "sampling_params": params}
 
     def _completions(self, prompt: Prompt, samples: Sequence[int], answer: Any) -> list[Completion]:
         if not isinstance(answer, list) or len(answer) != len(samples):
             raise RequestFailedError(
                 f"/generate answered {len(samples)} prompts with something else than as many completions"
             )
-        ids = self._ids(prompt)
+        if prompt.images:
+            return [self._completion(_shown_ids(one), one) for one in answer]
+        ids = self._opened.prompt_ids(prompt.messages)
         return [self._completion(ids, one) for one in answer]
 
     @staticmethod
@@ -226,6 +253,8 @@ class OpenAIServer(Server):
             )
         self.token_ids = "retokenised"
         self._tokenizer = PromptTokenizer(self._directory, self._template)
+        if first.images:
+            self._tokenizer.check_images(first.messages)
         self.notes.append(
             "the server returns no token ids: completions are tokenised again from their text, which may differ from "
             'what was drawn; rows are marked "token_ids": "retokenised".'
@@ -240,7 +269,7 @@ class OpenAIServer(Server):
         (sample,) = samples
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": prompt.messages,
+            "messages": openai_messages(prompt.messages, prompt.images) if prompt.images else prompt.messages,
             "temperature": s.temperature,
             "top_p": s.top_p,
             "max_tokens": s.max_tokens,
@@ -276,6 +305,14 @@ class OpenAIServer(Server):
         if len(found[1]) != counted:
             raise RequestFailedError(f"the answer has {len(found[1])} token ids but counts {counted} completion tokens")
         return [Completion(found[0], text, found[1], finish, False, counted)]
+
+
+def _shown_ids(answer: Any) -> list[int]:
+    """Prompt token ids that `/generate` was asked to return."""
+    ids = answer.get("prompt_token_ids")
+    if not isinstance(ids, list):
+        raise RequestFailedError("the answer has no `prompt_token_ids`; take SGLang 0.5.21 or newer, or --api openai")
+    return ids
 
 
 def token_ids_of(answer: Any) -> tuple[list[int], list[int]] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lenvm.sampling.errors import SamplingError
+from lenvm.sampling.images import carry_images, link_images
 from lenvm.sampling.log import sidecar_of, write_json
 
 T = TypeVar("T")
@@ -88,16 +89,20 @@ def _join(parts: Sequence[tuple[Path, int]], n: int, common: dict[str, Any], out
     draft = out.with_name(out.name + ".part")
     owner: dict[str, int] = {}
     total = missing = 0
+    gathered: dict[Path, Path] = {}
     try:
         with draft.open("wb") as joined:
             for k, (part, prompts) in enumerate(parts):
                 seen: set[tuple[str, int]] = set()
                 with part.open("rb") as lines:
                     for number, line in enumerate(lines, start=1):
-                        key = _key(line, f"{part}, line {number}")
+                        row = _row(line, f"{part}, line {number}")
+                        key = str(row["prompt_id"]), int(row["sample"])
                         if key in seen or owner.setdefault(key[0], k) != k:
                             raise SamplingError(f"{part}, line {number} repeats sample {key[1]} of prompt {key[0]!r}.")
                         seen.add(key)
+                        if carry_images(row, part, out, gathered):
+                            line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
                         joined.write(line)
                 lacking = prompts * n - len(seen)
                 if lacking and not allow_missing:
@@ -106,6 +111,7 @@ def _join(parts: Sequence[tuple[Path, int]], n: int, common: dict[str, Any], out
                         "or merge what is there with --allow-missing."
                     )
                 total, missing = total + len(seen), missing + lacking
+        link_images(gathered)
         write_json(sidecar_of(out), {"parameters": common})
         os.replace(draft, out)
     finally:
@@ -122,11 +128,12 @@ def _parameters(part: Path) -> dict[str, Any]:
         raise SamplingError(f"{sidecar_of(part)} is missing or not readable; it belongs to {part.name}.") from None
 
 
-def _key(line: bytes, where: str) -> tuple[str, int]:
+def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
         if not line.endswith(b"\n"):
             raise ValueError("torn")
         row = json.loads(line)
-        return str(row["prompt_id"]), int(row["sample"])
+        str(row["prompt_id"]), int(row["sample"])
+        return dict(row)
     except (ValueError, KeyError, TypeError):
         raise SamplingError(f"{where} is no completion; run the command of that shard again, it repairs it.") from None

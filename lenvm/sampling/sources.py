@@ -10,8 +10,8 @@ from typing import Any
 
 from lenvm.sampling.errors import SamplingError
 
-BATCH = 512
-"""Rows of a parquet or Arrow file that are in memory at once."""
+BATCH = 64
+"""Rows of a parquet or Arrow file that are in memory at once; they may hold images."""
 
 Rows = Iterator[tuple[str, Any]]
 """(place for messages, row)."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lenvm.sampling.errors import SamplingError
+from lenvm.sampling.images import carry_images
 
 PARTS = ("train", "validation", "test")
 
@@ -29,7 +30,8 @@ class Part:
 
 
 def prompt_key(row: Any, where: str) -> bytes:
-    """What makes two rows samples of the same prompt: equal token ids, or equal messages where there are no ids.
+    """What makes two rows samples of the same prompt: equal token ids, or equal messages where there are no ids, and
+    equal images (files of the same name, where the row has no hashes of them).
 
     Raises:
         SamplingError: if the row has neither.
@@ -38,7 +40,9 @@ def prompt_key(row: Any, where: str) -> bytes:
         for name in ("prompt_token_ids", "messages"):
             value = row.get(name)
             if isinstance(value, list) and value:
-                return json.dumps([name, value], sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+                images = row.get("image_sha256") or row.get("images") or []
+                key = [name, value, *([images] if images else [])]
+                return json.dumps(key, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
     got = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
     raise SamplingError(f"{where} must be an object with `prompt_token_ids` or `messages`, got {got}.")
 
@@ -52,7 +56,8 @@ def place(key: bytes, seed: int) -> float:
 def split_samples(
     source: Path, out: Path, validation: float, test: float = 0.0, seed: int = 0, force: bool = False
 ) -> dict[str, Part]:
-    """Write `train.jsonl`, `validation.jsonl` and, if asked for, `test.jsonl`; lines are copied as they are.
+    """Write `train.jsonl`, `validation.jsonl` and, if asked for, `test.jsonl`; lines are copied as they are, except
+    that paths of images follow where the parts lie in another folder.
 
     Args:
         source: JSONL file as `lenvm sample` writes it.
@@ -122,6 +127,8 @@ def _distribute(
             key = prompt_key(row, where)
             at = place(key, seed)
             name = "validation" if at < validation else "test" if at < validation + test else "train"
+            if carry_images(row, source, drafts[name]):
+                line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
             open_files[name].write(line)
             prompts[name].add(hashlib.blake2b(key, digest_size=16).digest())
             rows[name] += 1

@@ -24,6 +24,7 @@ class Scripted:
         self.refuse: dict[str, int] = {}  # text or first token of a prompt -> status code, for ever
         self.dialect = "sglang"  # sglang, vllm, openai (knows no token ids), strict (refuses the field)
         self.deterministic = True
+        self.sees_images = True
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.in_flight = 0
@@ -63,6 +64,8 @@ def make_handler(script: Scripted) -> type[BaseHTTPRequestHandler]:
             elif self.path == "/server_info" and script.dialect == "sglang":
                 info = {"model_path": "/none", "served_model_name": "tiny"}
                 self.answer(200, {**info, "enable_deterministic_inference": script.deterministic})
+            elif self.path == "/model_info" and script.dialect == "sglang":
+                self.answer(200, {"has_image_understanding": script.sees_images})
             else:
                 self.answer(404, {"detail": "Not Found"})
 
@@ -80,12 +83,11 @@ def make_handler(script: Scripted) -> type[BaseHTTPRequestHandler]:
                     self.close_connection = True
                     self.connection.close()
                     return
-                key = (
-                    json.dumps(body.get("input_ids", [None])[0])
-                    if "input_ids" in body
-                    else body["messages"][-1]["content"]
-                )
-                status = script.refuse.get(key, status)
+                if "messages" in body:
+                    key = body["messages"][-1]["content"]
+                else:
+                    key = body["text"][0] if "text" in body else json.dumps(body["input_ids"][0])
+                status = script.refuse.get(key, status) if isinstance(key, str) else status
                 if status != 200:
                     self.answer(status, {"error": {"message": f"scripted {status}"}})
                 elif self.path == "/generate":
@@ -98,10 +100,13 @@ def make_handler(script: Scripted) -> type[BaseHTTPRequestHandler]:
 
         def generate(self, body: dict[str, Any]) -> None:
             answers = []
-            for ids, params in zip(body["input_ids"], body["sampling_params"], strict=True):
-                drawn, why = script.completion(ids, params["sampling_seed"], params["max_new_tokens"])
+            prompts = body.get("input_ids") or list(zip(body["text"], body["image_data"], strict=True))
+            for prompt, params in zip(prompts, body["sampling_params"], strict=True):
+                drawn, why = script.completion(prompt, params["sampling_seed"], params["max_new_tokens"])
                 meta = {"finish_reason": {"type": why}, "completion_tokens": len(drawn)}
                 answers.append({"text": "x" * len(drawn), "output_ids": drawn, "meta_info": meta})
+                if body.get("return_prompt_token_ids"):
+                    answers[-1]["prompt_token_ids"] = [7, *[9] * len(prompt[1]), 8]
             self.answer(200, answers)
 
         def chat(self, body: dict[str, Any]) -> None:

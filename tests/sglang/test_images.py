@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from lenvm.cli import main
+from lenvm_lf.rows import parse_row
 from tests.hosts import few_models
 from tests.sglang.conftest import Server, start
 from tests.sglang.models import SHOWN, make_vision_pair
@@ -198,6 +202,34 @@ def test_predictions_and_values(servers: dict[str, Server], references: dict[str
     refused = server.post("/lenvm/values", {"messages": bodies[0], "completion": "hello"})
     assert refused.status_code == 400
     assert "does not read images yet" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("api", ["sglang", "openai"])
+def test_sampled_rows_are_what_transformers_makes_of_their_images(
+    api: str, servers: dict[str, Server], references: dict[str, VisionReference], tmp_path: Path
+) -> None:
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.png")
+    rows: dict[str, dict[str, Any]] = {
+        "one": {"messages": [{"role": "user", "content": "hello <image> fox"}], "images": "0.png"},
+        "two": {"messages": [{"role": "user", "content": "hello brown fox"}], "images": ["1.png", "2.png"]},
+        "text": {"messages": [{"role": "user", "content": "hello world"}]},
+    }
+    seen = {"one": f"hello {SHOWN} fox", "two": f"{SHOWN}{SHOWN}hello brown fox", "text": "hello world"}
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps({"id": name, **row}) + "\n" for name, row in rows.items()))
+    words = ["sample", str(prompts), "--out", str(out), "--server", servers["plain"].wait().url, "--api", api]
+    done = CliRunner().invoke(main, [*words, "--n", "2", "--max-tokens", str(LIMIT), "--temperature", "0"])
+    assert done.exit_code == 0, done.output
+    drawn = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prompt_id"] for row in drawn] == [name for name in rows for _ in range(2)]
+    assert [row.get("images", []) for row in drawn[::2]] == [["0.png"], ["1.png", "2.png"], []]
+    for row in drawn:
+        text = f"<|im_start|>user\n{seen[row['prompt_id']]}<|im_end|>\n<|im_start|>assistant\n"
+        ids = references[FAMILIES[0]].read(text, [Image.open(tmp_path / name) for name in row.get("images", [])])
+        assert row["prompt_token_ids"] == ids, "all tokens of each image"
+        assert row["completion_token_ids"] == references[FAMILIES[0]].greedy(ids, LIMIT, None)
+        assert json.loads(parse_row(row)["_lenvm_images"] or "[]") == row.get("images", [])
 
 
 @pytest.mark.parametrize("stream", [False, True])
