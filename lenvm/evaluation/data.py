@@ -123,6 +123,8 @@ def read_natural(prompts_file: Path, samples_file: Path, limit: int | None = Non
     found: list[NaturalPrompt] = []
     for where, row in read_rows(prompts_file):
         need(row, ("id", "messages"), where)
+        if row.get("images"):
+            raise EvaluationError(f"{where} has images, which this evaluation cannot ask or read yet; leave it out.")
         drawn = samples.get(str(row["id"]), [])
         if len(drawn) < 2 or (limit is not None and len(found) >= limit):
             continue

@@ -1,4 +1,4 @@
-"""Problems with a checkable answer, from GSM8K's, MATH500's or any other JSONL file."""
+"""Problems with a checkable answer, from GSM8K's, MATH500's, MathVista's or any other JSONL file."""
 
 from __future__ import annotations
 
@@ -9,19 +9,28 @@ from typing import Any
 
 from lenvm.evaluation.data import read_rows
 from lenvm.evaluation.errors import EvaluationError
+from lenvm.sampling.errors import SamplingError
+from lenvm.sampling.images import PromptImage, openai_messages, place_images, read_images
 
 MATH_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 """The paper's, before the question."""
 QUESTION_KEYS = ("question", "problem")
+IMAGE_KEYS = ("images", "image")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: the chat that asks it, and the answer as the file writes it."""
+    """One problem: the chat that asks it, the answer as the file writes it, and the images that the chat shows."""
 
     id: str
     messages: list[dict[str, Any]]
     answer: str
+    images: tuple[PromptImage, ...] = ()
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """The messages as they are sent, images inside."""
+        return openai_messages(self.messages, self.images) if self.images else self.messages
 
 
 def read_problems(
@@ -30,13 +39,15 @@ def read_problems(
     """Read a file of problems.
 
     Args:
-        path: JSONL: `messages` and `answer`, or a question and `answer`.
+        path: JSONL: `messages` and `answer`, or a question and `answer`; with `images` (or `image`), paths beside the
+            file or absolute.
         limit: only so many, spread evenly over the file.
         instruction: put before a bare question, on its own line; empty for none.
         question: key of the question; default: the first of `question`, `problem` that a row has.
 
     Raises:
-        EvaluationError: for a missing or empty file, a broken line, or a row without question or answer.
+        EvaluationError: for a missing or empty file, a broken line, a row without question or answer, or an image
+            that cannot be opened.
     """
     found: list[Problem] = []
     for number, (where, row) in enumerate(read_rows(path)):
@@ -50,7 +61,16 @@ def read_problems(
             raise EvaluationError(f"{where} has no `answer`; it has {', '.join(sorted(row))}.")
         text = f"{instruction}\n{row[key]}" if instruction and key else str(row.get(key or "", ""))
         messages = row.get("messages", [{"role": "user", "content": text}])
-        found.append(Problem(str(row.get("id", row.get("unique_id", number))), messages, str(row["answer"])))
+        column = next((k for k in IMAGE_KEYS if row.get(k)), None)
+        images: tuple[PromptImage, ...] = ()
+        if column is not None:
+            try:
+                images = read_images(row[column], where, column, path.parent, None)
+                messages = place_images(messages, len(images), where)
+            except SamplingError as error:
+                raise EvaluationError(str(error)) from None
+        name = str(row.get("id", row.get("unique_id", row.get("pid", number))))
+        found.append(Problem(name, messages, str(row["answer"]), images))
     if not found:
         raise EvaluationError(f"{path} holds no problem with an answer.")
     if len({p.id for p in found}) < len(found):

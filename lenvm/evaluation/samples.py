@@ -33,12 +33,14 @@ def read_samples(path: Path, per_prompt: int | None = None, prompts: int | None 
         prompts: keep only so many prompts, the first of the file.
 
     Raises:
-        EvaluationError: for a missing or empty file, a broken line, or a row without tokens.
+        EvaluationError: for a missing or empty file, a broken line, or a row without tokens or with images.
     """
     seen: dict[str, int] = {}
     found: list[SampleRow] = []
     for where, row in read_rows(path):
         need(row, KEYS, where)
+        if row.get("images"):
+            raise EvaluationError(f"{where} has images, which this evaluation cannot read yet; leave such rows out.")
         prompt = str(row["prompt_id"])
         if (prompt not in seen and len(seen) == prompts) or (per_prompt and seen.get(prompt, 0) >= per_prompt):
             continue

@@ -67,6 +67,8 @@ def tradeoff(
     sampling = {"temperature": temperature, "top_p": top_p, **({"min_p": min_p} if min_p else {})}
     with reported(console):
         problems = read_problems(data, limit, MATH_INSTRUCTION if instruction is None else instruction, question)
+        if base is not None and any(p.images for p in problems):
+            raise EvaluationError("--base scores answers by their text alone, and these problems have images; omit it.")
         whole = len(problems)
         if max_prompt_tokens is not None and base is not None:
             problems = fitting(problems, base, max_prompt_tokens)
@@ -74,7 +76,7 @@ def tradeoff(
             raise EvaluationError(f"a budget above --max-tokens {max_tokens} bounds nothing; got {sizes.budgets}.")
         by_id = {p.id: p for p in problems}
         parameters = {
-            "problems": [[p.id, p.answer] for p in problems],
+            "problems": [[p.id, p.answer, *(i.sha256 for i in p.images)] for p in problems],
             "sizes": sizes.model_dump(mode="json"),
             "instruction": problems[0].messages[-1]["content"],
         }
@@ -82,7 +84,7 @@ def tradeoff(
         with progress(console) as notify:
             asked = ask_plan(
                 make_plan(problems, sizes),
-                lambda request: by_id[request.prompt_id].messages,
+                lambda request: by_id[request.prompt_id].asked,
                 settings,
                 out / "requests.jsonl",
                 parameters,

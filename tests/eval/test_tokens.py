@@ -145,3 +145,18 @@ def test_values_of_a_server(world, fake_server):
     assert gamma == 0.98
     assert [v.remaining[0] for v in values] == [len(t.completion) for t in texts]
     assert all(np.abs(v.td_residuals(gamma)).max() < 1e-9 for v in values)
+
+
+def test_rows_with_images_are_refused(world, tmp_path):
+    """Their values depend on what a text-only forward does not see."""
+    from lenvm.evaluation.data import read_natural
+
+    for path, read in (
+        (world.samples, read_samples),
+        (world.prompts, lambda file: read_natural(file, world.samples)),
+    ):
+        copy = tmp_path / path.name
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        copy.write_text("".join(json.dumps({**row, "images": ["a.png"]}) + "\n" for row in rows))
+        with pytest.raises(EvaluationError, match="line 1 has images"):
+            read(copy)

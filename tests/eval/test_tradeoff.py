@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from lenvm.cli import main
@@ -146,3 +147,26 @@ def test_problems_that_do_not_fit_are_left_out_and_counted(world, fake_server, t
     assert summary[-1] == "1 problems were left out: their prompts have more than 20 tokens."
     none = CliRunner().invoke(main, [*words, "1"])
     assert "0 of 4 prompts have at most 1 tokens" in " ".join(none.output.split())
+
+
+def test_problems_with_images_are_asked_with_them(world, fake_server, tmp_path):
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "red.png")
+    data = tmp_path / "vista.jsonl"
+    rows = [{"pid": i, "question": f"w{i} <image> here?", "image": "red.png", "answer": str(i)} for i in range(2)]
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    problems = read_problems(data, instruction="")
+    assert [p.id for p in problems] == ["0", "1"]
+    assert [part["type"] for part in problems[1].messages[0]["content"]] == ["text", "image", "text"]
+    (text, image, _) = problems[1].asked[0]["content"]
+    assert text["text"] == "w1 "
+    assert image["image_url"]["url"].startswith("data:image/png;base64,")
+    words = ["eval", "tradeoff", "--server", fake_server.url, "--data", str(data), "--out", str(tmp_path / "o")]
+    refused = CliRunner().invoke(main, [*words, "--base", str(world.base)])
+    assert refused.exit_code == 1
+    assert "these problems have images" in " ".join(refused.output.split())
+    data.write_text(json.dumps({**rows[0], "image": "blue.png"}) + "\n")
+    with pytest.raises(EvaluationError, match=r"line 1: the image 'blue.png' cannot be read"):
+        read_problems(data)
+    data.write_text(json.dumps({**rows[0], "question": "<image> and <image>"}) + "\n")
+    with pytest.raises(EvaluationError, match=r"show 2 image\(s\) and the row has 1"):
+        read_problems(data)
