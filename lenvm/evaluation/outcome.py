@@ -46,7 +46,7 @@ class Series(BaseModel):
     y: list[float]
     y_low: list[float] | None = None
     y_high: list[float] | None = None
-    names: list[str] | None = Field(default=None, description="written beside the points")
+    names: list[str] | None = Field(default=None, description="of the points, which are numbered for the legend")
     style: Literal["line", "points"] = "line"
     colour: str | None = Field(default=None, description="a name of `lenvm.report.plots.COLOURS`")
 

@@ -173,7 +173,9 @@ def drawn(plot: Plot) -> str:
         panel = axes[0][0]
         _draw(plot, panel)
         panel.margins(x=0.12)
-        if not any(s.names for s in plot.series):
+        if _numbered(plot):
+            figure.legend(loc="outside right")
+        elif not any(s.names for s in plot.series):
             figure.legend(loc="outside upper left", ncols=min(4, len(plot.series)))
         return _svg(figure, plot.name, plot.title)
 
@@ -187,20 +189,25 @@ def write_png(plots: Sequence[Plot], path: Path) -> None:
     columns = min(3, len(plots))
     lines = -(-len(plots) // columns)
     on_white = {"grid.color": "#dddddd", "axes.edgecolor": "#999999", "figure.facecolor": "white"}
-    with mpl.rc_context({**_STYLE, **on_white, "savefig.facecolor": "white", "font.size": 9.0}):
+    with mpl.rc_context({**_STYLE, **on_white, "savefig.facecolor": "white", "font.size": 9.0, "axes.labelsize": 8.5}):
         figure = Figure(figsize=(max(6.6, 4.4 * columns), 3.4 * lines), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(lines, columns, squeeze=False).flat
         for panel, plot in zip(panels, plots, strict=False):
             _draw(plot, panel)
-            panel.set_title(plot.title, loc="left", weight="bold")
-            panel.legend(fontsize=7.5)
+            panel.set_title(plot.title, loc="left", weight="bold", fontsize=9.0)
+            if _numbered(plot):
+                panel.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0.0, -0.2), ncols=2)
+            else:
+                panel.legend(fontsize=7.5)
         for panel in list(figure.axes)[len(plots) :]:
             panel.set_visible(False)
         figure.savefig(path, dpi=100)
 
 
 def _draw(plot: Plot, panel: Axes) -> None:
+    """Lines and points; names are written beside their points, or numbers that the legend explains."""
+    numbered = _numbered(plot)
     cycle = [COLOURS[k] for k in ("posterior", "hard", "shade", "bias", "base")]
     for i, s in enumerate(plot.series):
         colour = COLOURS[s.colour] if s.colour else cycle[i % len(cycle)]
@@ -210,9 +217,13 @@ def _draw(plot: Plot, panel: Axes) -> None:
             else:
                 panel.vlines(s.x, s.y_low, s.y_high, color=colour, lw=1.4, alpha=0.7)
         marker = "o" if s.style == "points" or len(s.x) < 30 else None
-        panel.plot(s.x, s.y, color=colour, lw=1.8 if s.style == "line" else 0, marker=marker, ms=5, label=s.label)
+        label = f"{i + 1}  {s.label}" if numbered else s.label
+        size = 5 if len(s.x) < 200 else 2.5
+        panel.plot(s.x, s.y, color=colour, lw=1.8 if s.style == "line" else 0, marker=marker, ms=size, label=label)
         for name, x, y in zip(s.names or [], s.x, s.y, strict=False):
-            panel.annotate(name.replace("$", r"\$"), (x, y), xytext=(7, 5), textcoords="offset points", fontsize=9)
+            text = str(i + 1) if numbered else name.replace("$", r"\$")
+            panel.annotate(text, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9)
+    panel.margins(y=0.1)
     if plot.log:
         panel.set(xscale="log", yscale="log")
     if plot.diagonal:
@@ -220,6 +231,11 @@ def _draw(plot: Plot, panel: Axes) -> None:
         panel.plot([min(ends), max(ends)], [min(ends), max(ends)], color=INK, lw=0.9, alpha=0.55)
     panel.set_xlabel(plot.x_label)
     panel.set_ylabel(plot.y_label)
+
+
+def _numbered(plot: Plot) -> bool:
+    """Whether every series is one named point: few, and often so near to each other that names would overlap."""
+    return all(s.names and len(s.x) == 1 for s in plot.series)
 
 
 class _figure:  # noqa: N801
