@@ -22,6 +22,7 @@ class SampleRow:
     finish_reason: str
     question: str
     model: str
+    images: tuple[Path, ...] = ()
 
 
 def read_samples(path: Path, per_prompt: int | None = None, prompts: int | None = None) -> list[SampleRow]:
@@ -33,14 +34,12 @@ def read_samples(path: Path, per_prompt: int | None = None, prompts: int | None 
         prompts: keep only so many prompts, the first of the file.
 
     Raises:
-        EvaluationError: for a missing or empty file, a broken line, or a row without tokens or with images.
+        EvaluationError: for a missing or empty file, a broken line, or a row without tokens.
     """
     seen: dict[str, int] = {}
     found: list[SampleRow] = []
     for where, row in read_rows(path):
         need(row, KEYS, where)
-        if row.get("images"):
-            raise EvaluationError(f"{where} has images, which this evaluation cannot read yet; leave such rows out.")
         prompt = str(row["prompt_id"])
         if (prompt not in seen and len(seen) == prompts) or (per_prompt and seen.get(prompt, 0) >= per_prompt):
             continue
@@ -49,7 +48,8 @@ def read_samples(path: Path, per_prompt: int | None = None, prompts: int | None 
         seen[prompt] = seen.get(prompt, 0) + 1
         found.append(
             SampleRow(prompt, tuple(row["prompt_token_ids"]), tuple(row["completion_token_ids"]),
-                      str(row["finish_reason"]), _question(row), str(row.get("model", "")))
+                      str(row["finish_reason"]), _question(row), str(row.get("model", "")),
+                      tuple(path.parent / name for name in row.get("images") or ()))
         )  # fmt: skip
     if not found:
         raise EvaluationError(f"{path} holds no completion.")
@@ -57,4 +57,11 @@ def read_samples(path: Path, per_prompt: int | None = None, prompts: int | None 
 
 
 def _question(row: dict[str, Any]) -> str:
-    return "\n".join(str(m.get("content", "")) for m in row.get("messages", []) if m.get("role") != "system")
+    return "\n".join(_text(m.get("content", "")) for m in row.get("messages", []) if m.get("role") != "system")
+
+
+def _text(content: Any) -> str:
+    """The text of a message; an image is shown as `<image>`."""
+    if not isinstance(content, list):
+        return str(content)
+    return "".join(str(part.get("text", "<image>")) for part in content)

@@ -262,7 +262,7 @@ def read_answered(
     from lenvm.evaluation.values import Text, values_of
 
     rows = read_samples(samples, per_prompt)
-    texts = [Text(r.prompt_token_ids, r.token_ids, r.finish_reason == "stop") for r in rows]
+    texts = [Text(r.prompt_token_ids, r.token_ids, r.finish_reason == "stop", r.images) for r in rows]
     values, gamma = values_of(texts, lenvm, server, progress)
     pieces = token_pieces(tokenizer, [r.token_ids for r in rows])
     found = [Answered(r.prompt_id, p, v) for r, p, v in zip(rows, pieces, values, strict=True)]

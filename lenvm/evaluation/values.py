@@ -20,11 +20,13 @@ STATES_AT_ONCE = 256
 
 
 class Text(NamedTuple):
-    """A prompt and its completion as token ids, and whether the completion ended with its stop token."""
+    """A prompt and its completion as token ids, whether the completion ended with its stop token, and the prompt's
+    images."""
 
     prompt: Sequence[int]
     completion: Sequence[int]
     stopped: bool
+    images: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,13 @@ def values_of(
     """Values at every state and the checkpoint's gamma, from a directory or from a server's `/lenvm/values`.
 
     Raises:
-        EvaluationError: unless exactly one of the two is given; or as the one that is asked.
+        EvaluationError: unless exactly one of the two is given, or for images with a server; or as the one that is
+            asked.
     """
     if (lenvm is None) == (server is None):
         raise EvaluationError("give either the directory of a LenVM or the address of a server that has one.")
+    if server is not None and any(t.images for t in texts):
+        raise EvaluationError("`/lenvm/values` of a server reads no images; give the directory of the LenVM, --lenvm.")
     return local_values(lenvm, texts, progress) if lenvm else asyncio.run(_served(str(server), texts, progress))
 
 
@@ -77,11 +82,11 @@ def local_values(lenvm: Path, texts: Sequence[Text], progress: Progress) -> tupl
         progress: called after every batch with texts done and their total.
 
     Raises:
-        EvaluationError: if a text is empty or a token id lies outside the vocabulary.
+        EvaluationError: if a text is empty, a token id lies outside the vocabulary, or images cannot be read.
     """
     import torch
 
-    from lenvm.definitions import length_from_logit
+    from lenvm.evaluation.vision import ImageReader
     from lenvm.modeling import LengthValueModel
 
     quiet()
@@ -95,32 +100,51 @@ def local_values(lenvm: Path, texts: Sequence[Text], progress: Progress) -> tupl
                 f"a text does not fit the LenVM {lenvm} (vocabulary {vocabulary}, prompt of {len(text.prompt)} and "
                 f"completion of {len(text.completion)} tokens); its tokenizer must be the one of the samples."
             )
-    found: list[StateValues | None] = [None] * len(texts)
-    done = 0
+    found: dict[int, StateValues] = {}
+    plain = [i for i, text in enumerate(texts) if not text.images]
     with torch.inference_mode():
-        for batch in buckets([len(t.prompt) + len(t.completion) for t in texts], TOKENS_A_BATCH):
-            ids, mask = padded([[*texts[i].prompt, *texts[i].completion] for i in batch], device)
+        for batch in buckets([len(texts[i].prompt) + len(texts[i].completion) for i in plain], TOKENS_A_BATCH):
+            rows = [plain[k] for k in batch]
+            ids, mask = padded([[*texts[i].prompt, *texts[i].completion] for i in rows], device)
             out = model(input_ids=ids, attention_mask=mask)
-            for row, i in enumerate(batch):
-                start = len(texts[i].prompt) - 1  # s_0 is the last prompt token
-                states = slice(start, start + len(texts[i].completion) + 1)
-                columns: dict[str, Any] = {"value": -torch.sigmoid(out.z[row, states].double())}
-                if out.length_logits is None:
-                    columns["remaining"] = length_from_logit(out.z[row, states].double(), model.lenvm.gamma)
-                else:
-                    log_q = out.length_logits[row, states].log_softmax(-1)
-                    columns["remaining"] = model.bins.expected(log_q)
-                    for name, p in (("p10", 0.1), ("p50", 0.5), ("p90", 0.9)):
-                        parts = log_q.split(STATES_AT_ONCE)
-                        columns[name] = torch.cat([model.bins.quantile(part, p) for part in parts])
-                arrays = {name: column.double().cpu().numpy() for name, column in columns.items()}
-                if texts[i].stopped:
-                    for array in arrays.values():
-                        array[-1] = 0.0
-                found[i] = StateValues(**arrays)
-            done += len(batch)
-            progress(done, len(texts))
-    return [f for f in found if f is not None], float(model.lenvm.gamma)
+            for row, i in enumerate(rows):
+                found[i] = _states(model, out, row, len(texts[i].prompt), texts[i])
+            progress(len(found), len(texts))
+        reader = ImageReader(lenvm, model.config) if len(plain) < len(texts) else None
+        for i, text in enumerate(texts):
+            if reader is None or not text.images:
+                continue
+            prompt, seen = reader.prompt(text.prompt, text.images)
+            ids, mask = padded([[*prompt, *text.completion]], device)
+            marks = ids.eq(reader.image_token).long()
+            images = {name: tensor.to(device) for name, tensor in seen.items()}
+            out = model(input_ids=ids, attention_mask=mask, mm_token_type_ids=marks, **images)
+            found[i] = _states(model, out, 0, len(prompt), text)
+            progress(len(found), len(texts))
+    return [found[i] for i in range(len(texts))], float(model.lenvm.gamma)
+
+
+def _states(model: Any, out: Any, row: int, prompt_length: int, text: Text) -> StateValues:
+    """Of one row of a forward, whose first `prompt_length` tokens are the prompt."""
+    import torch
+
+    from lenvm.definitions import length_from_logit
+
+    start = prompt_length - 1  # s_0 is the last prompt token
+    states = slice(start, start + len(text.completion) + 1)
+    columns: dict[str, Any] = {"value": -torch.sigmoid(out.z[row, states].double())}
+    if out.length_logits is None:
+        columns["remaining"] = length_from_logit(out.z[row, states].double(), model.lenvm.gamma)
+    else:
+        log_q = out.length_logits[row, states].log_softmax(-1)
+        columns["remaining"] = model.bins.expected(log_q)
+        for name, p in (("p10", 0.1), ("p50", 0.5), ("p90", 0.9)):
+            columns[name] = torch.cat([model.bins.quantile(part, p) for part in log_q.split(STATES_AT_ONCE)])
+    arrays = {name: column.double().cpu().numpy() for name, column in columns.items()}
+    if text.stopped:
+        for array in arrays.values():
+            array[-1] = 0.0
+    return StateValues(**arrays)
 
 
 async def _served(url: str, texts: Sequence[Text], progress: Progress) -> tuple[list[StateValues], float]:

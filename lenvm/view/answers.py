@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from lenvm.evaluation.pieces import token_pieces
 from lenvm.evaluation.samples import SampleRow, read_samples
 from lenvm.evaluation.values import StateValues, Text, values_of
 
+WIDEST = 480
 OUTLIER = 3.5
 """Robust standard deviations beyond which a TD residual stands out."""
 
@@ -29,6 +32,7 @@ class Chosen:
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     stopped: bool
+    images: tuple[Path, ...] = ()
 
 
 def outliers(residuals: Floats) -> np.ndarray:
@@ -62,6 +66,7 @@ def view_of(chosen: Chosen, pieces: Sequence[str], values: StateValues, gamma: f
     return {
         "name": chosen.name,
         "question": chosen.question,
+        "images": [image_url(path) for path in chosen.images],
         "tokens": list(pieces),
         "remaining": numbers(values.remaining),
         "low": numbers(values.p10),
@@ -71,6 +76,18 @@ def view_of(chosen: Chosen, pieces: Sequence[str], values: StateValues, gamma: f
         "td": numbers(residuals, 5),
         "outlier": outliers(residuals).tolist(),
     }
+
+
+def image_url(path: Path) -> str:
+    """An image inside the page, at most `WIDEST` pixels wide and high."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+        small.thumbnail((WIDEST, WIDEST))
+        small.save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def choose(
@@ -102,7 +119,7 @@ def choose(
         for k, row in enumerate(known[prompt][:answers]):
             name = f"{prompt} · base, sample {k} · {len(row.token_ids)} tokens"
             stopped = row.finish_reason == "stop"
-            found.append(Chosen(name, row.question, row.prompt_token_ids, row.token_ids, stopped))
+            found.append(Chosen(name, row.question, row.prompt_token_ids, row.token_ids, stopped, row.images))
         found += asked.get(prompt, [])
     return found
 
@@ -123,7 +140,12 @@ def _asked(path: Path, prompts: dict[str, SampleRow], most: int) -> dict[str, li
         name = f"{group[0]} · {group[1]}{target}, {group[2]} · {len(row['token_ids'])} tokens"
         found.setdefault(group[0], []).append(
             Chosen(
-                name, prompt.question, prompt.prompt_token_ids, tuple(row["token_ids"]), row["finish_reason"] == "stop"
+                name,
+                prompt.question,
+                prompt.prompt_token_ids,
+                tuple(row["token_ids"]),
+                row["finish_reason"] == "stop",
+                prompt.images,
             )
         )
     return found
@@ -149,7 +171,7 @@ def read_views(
         EvaluationError: as `values_of` and `token_pieces`.
     """
     values, gamma = values_of(
-        [Text(c.prompt_token_ids, c.token_ids, c.stopped) for c in chosen], lenvm, server, progress
+        [Text(c.prompt_token_ids, c.token_ids, c.stopped, c.images) for c in chosen], lenvm, server, progress
     )
     pieces = token_pieces(tokenizer, [c.token_ids for c in chosen])
     return [view_of(c, p, v, gamma) for c, p, v in zip(chosen, pieces, values, strict=True)]

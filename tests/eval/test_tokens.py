@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from lenvm.cli import main
 from lenvm.definitions import td_residual
 from lenvm.evaluation.bootstrap import group_intervals, mean_interval
+from lenvm.evaluation.data import read_natural
 from lenvm.evaluation.errors import EvaluationError
 from lenvm.evaluation.outcome import read_outcome
 from lenvm.evaluation.pieces import token_pieces
@@ -19,6 +21,8 @@ from lenvm.evaluation.samples import read_samples
 from lenvm.evaluation.tokens import Answered, token_effects, token_name
 from lenvm.evaluation.values import StateValues, Text, local_values, values_of
 from lenvm.modeling import LengthValueModel
+from tests.sglang.models import make_vision_pair
+from tests.sglang.reference import VisionReference
 
 GAMMA = 0.9
 
@@ -147,16 +151,44 @@ def test_values_of_a_server(world, fake_server):
     assert all(np.abs(v.td_residuals(gamma)).max() < 1e-9 for v in values)
 
 
-def test_rows_with_images_are_refused(world, tmp_path):
-    """Their values depend on what a text-only forward does not see."""
-    from lenvm.evaluation.data import read_natural
-
-    for path, read in (
-        (world.samples, read_samples),
-        (world.prompts, lambda file: read_natural(file, world.samples)),
+def test_values_of_prompts_with_images(tmp_path):
+    """Equal to the model's own forward, whether a prompt has all tokens of an image or one for each."""
+    pair = make_vision_pair(tmp_path, "Qwen2_5_VL")
+    reference = VisionReference(pair)
+    image = tmp_path / "noise.png"
+    Image.effect_noise((70, 50), 90).convert("RGB").save(image)
+    mark = reference.base.config.image_token_id
+    with Image.open(image) as opened:
+        ids = reference.read(f"hello {reference.processor.image_token} fox", [opened])
+    short = [t for t, before in zip(ids, [None, *ids], strict=False) if not t == before == mark]
+    assert ids.count(mark) > short.count(mark) == 1
+    completion = [ids[0]] * 3
+    texts = [Text(ids, completion, False, [image]), Text(ids[:1], completion, False),
+             Text(short, completion, True, [image])]  # fmt: skip
+    (whole, plain, marked), gamma = values_of(texts, pair / "lenvm", None)
+    assert gamma == 0.97
+    expected = [reference.expected_length([*ids, *completion[:i]]) for i in range(4)]
+    assert whole.remaining == pytest.approx(expected, rel=1e-4)
+    assert marked.remaining == pytest.approx([*expected[:3], 0.0], rel=1e-4)
+    assert whole.remaining[1] != pytest.approx(plain.remaining[1], rel=1e-3)
+    for prompt, images, message in (
+        ([*ids, mark], [image], "tokens of images, and its 1 images make"),
+        (ids, [tmp_path / "gone.png"], "gone.png cannot be opened"),
     ):
-        copy = tmp_path / path.name
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        copy.write_text("".join(json.dumps({**row, "images": ["a.png"]}) + "\n" for row in rows))
-        with pytest.raises(EvaluationError, match="line 1 has images"):
-            read(copy)
+        with pytest.raises(EvaluationError, match=message):
+            values_of([Text(prompt, completion, False, images)], pair / "lenvm", None)
+    with pytest.raises(EvaluationError, match="reads no images"):
+        values_of(texts, None, "http://127.0.0.1:1")
+
+
+def test_a_text_model_reads_no_images(world):
+    with pytest.raises(EvaluationError, match="the samples have images and the LenVM"):
+        values_of([Text([1], [2], True, ["a.png"])], world.lenvm, None)
+
+
+def test_prompts_with_images_are_not_asked_by_control(world, tmp_path):
+    copy = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) for line in world.prompts.read_text().splitlines()]
+    copy.write_text("".join(json.dumps({**row, "images": ["a.png"]}) + "\n" for row in rows))
+    with pytest.raises(EvaluationError, match="line 1 has images"):
+        read_natural(copy, world.samples)

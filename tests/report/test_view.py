@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lenvm.evaluation.errors import EvaluationError
 from lenvm.evaluation.values import StateValues
@@ -24,7 +25,7 @@ from tests.sglang.browser import Page, browser
 GAMMA = 0.95
 
 
-def made_up(name: str, stopped: bool = True, seed: int = 0) -> dict:
+def made_up(name: str, stopped: bool = True, seed: int = 0, images: tuple[Path, ...] = ()) -> dict:
     """An answer of twelve tokens; the fifth lengthens it by nine."""
     rng = np.random.default_rng(seed)
     left = np.concatenate([[12.0], 12.0 - np.arange(1, 13)]) + np.concatenate([[0], rng.normal(0, 0.1, 11), [0]])
@@ -32,7 +33,7 @@ def made_up(name: str, stopped: bool = True, seed: int = 0) -> dict:
     left[-1] = 0.0 if stopped else 9.0
     values = StateValues(-(1 - GAMMA**left), left, p10=0.7 * left, p50=left, p90=1.4 * left)
     tokens = ["So", " it", " is", "\n", " Wait", ",", " no", " </script>", " é", "", "!", "<stop>"]
-    return view_of(Chosen(name, "How <b>many</b>?", (1, 2), tuple(range(12)), stopped), tokens, values, GAMMA)
+    return view_of(Chosen(name, "How <b>many</b>?", (1, 2), tuple(range(12)), stopped, images), tokens, values, GAMMA)
 
 
 def test_outliers_by_hand():
@@ -86,7 +87,10 @@ def test_answers_are_chosen_by_prompt_and_controller(tmp_path: Path):
 
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
-    write_view([made_up("first"), made_up("second, cut", False, 1)], "two answers", tmp_path / "view.html")
+    image = tmp_path / "red.jpg"
+    Image.new("RGB", (600, 300), "red").save(image)
+    views = [made_up("first", images=(image,)), made_up("second, cut", False, 1)]
+    write_view(views, "two answers", tmp_path / "view.html")
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -128,6 +132,8 @@ async def use_the_page(address: str, folder: Path) -> None:
         assert await page.js("document.querySelectorAll('.t').length") == 12
         assert await page.js("document.getElementById('question').textContent") == "How <b>many</b>?"
         assert await page.js("document.querySelectorAll('.t')[7].textContent") == " </script>"
+        await page.until("document.querySelector('#images img').complete")
+        assert await page.js("document.querySelector('#images img').naturalWidth") == 480
         assert await page.js("document.querySelector('.t.out').textContent") == " Wait"
 
         # the token's place on the curve, then the curve's place in the text
