@@ -26,9 +26,10 @@ class ImageReader:
     def __init__(self, lenvm: Path, config: Any) -> None:
         from transformers import AutoImageProcessor
 
-        self.image_token = getattr(config, "image_token_id", None)
-        if self.image_token is None:
+        image_token = getattr(config, "image_token_id", None)
+        if image_token is None:
             raise EvaluationError(f"the samples have images and the LenVM {lenvm} reads none; leave such rows out.")
+        self.image_token = int(image_token)
         self._merged = int(config.vision_config.spatial_merge_size) ** 2
         try:
             self._processor = AutoImageProcessor.from_pretrained(str(lenvm))
