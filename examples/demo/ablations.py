@@ -56,7 +56,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "layers": {"all (default)": {}, "2": {"layers": 2}, "1": {"layers": 1}},
     "batches": {"shuffled (default)": {}, "by_prompt": {"lenvm_batches": "by_prompt"}},
     "lambda": {"1 (default)": {}, "0.95": {"lenvm_lambda": 0.95}, "0": {"lenvm_lambda": 0.0}},
-    "precision": {"float32 (default)": {}, "bfloat16": {"bf16": True}},
+    "precision": {"float32 (default)": {}, "bfloat16": {"bf16": True}, "float16": {"fp16": True}},
 }
 
 
