@@ -62,6 +62,9 @@ def sample(
     media_dir: Annotated[
         Path | None, typer.Option(help="Folder that paths of images are relative to; default: the prompts' own.")
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw the lengths into this file (png, svg, pdf); needs lenvm[eval].")
+    ] = None,
     first_turn: Annotated[
         bool, typer.Option("--first-turn", help="Keep conversations up to the first user message.")
     ] = False,
@@ -88,6 +91,7 @@ def sample(
 
     from lenvm.sampling.errors import SamplingError
     from lenvm.sampling.images import images_folder
+    from lenvm.sampling.picture import check_picture, draw_lengths
     from lenvm.sampling.prompts import Reading
     from lenvm.sampling.settings import SamplingSettings
     from lenvm.sampling.shards import Shard
@@ -108,6 +112,8 @@ def sample(
         )
         reading = Reading(_columns(columns), instruction, first_turn, deduplicate, split, media_dir, images_folder(out))
         part = None if shard is None else Shard.parse(shard)
+        if picture is not None:
+            check_picture(picture)
         failed = run(
             prompts,
             out,
@@ -122,6 +128,9 @@ def sample(
             reading,
             part,
         )
+        if picture is not None:
+            draw_lengths(out, picture)
+            console.print(f"{picture}: the lengths, drawn.", markup=False, soft_wrap=True, highlight=False)
     except ValidationError as error:
         first = error.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")

@@ -27,6 +27,12 @@ def test_sample_prints_one_line_of_statistics(prompts_file: Path, tmp_path: Path
     again = runner.invoke(main, [*arguments, "--n", "3", "--max-tokens", "25"])
     assert "0 drawn" in again.output
     assert "36 were there" in again.output
+    drawn = runner.invoke(main, [*arguments, "--n", "3", "--max-tokens", "25", "--picture", str(tmp_path / "a.svg")])
+    assert drawn.exit_code == 0, drawn.output
+    assert "36 completions of 12 prompts" in (tmp_path / "a.svg").read_text()
+    wrong = runner.invoke(main, [*arguments, "--picture", str(tmp_path / "a.docx")])
+    assert wrong.exit_code == 1
+    assert "--picture must end in one of" in wrong.output
     other = runner.invoke(main, [*arguments, "--n", "4", "--max-tokens", "25"])
     assert other.exit_code == 1
     assert "n: 3 then, 4 now" in other.output
