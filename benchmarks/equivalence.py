@@ -34,12 +34,15 @@ KEYS = ("loss", "value_loss", "length_nll", "grad_norm")
 RANKS = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "DS_ACCELERATOR": "cpu", "DS_SKIP_CUDA_CHECK": "1"}
 
 
-def zero(stage: int) -> dict[str, Any]:
-    """DeepSpeed settings of one stage."""
+def zero(stage: int, offload: bool = False) -> dict[str, Any]:
+    """DeepSpeed settings of one stage; with `offload` weights and optimizer live in the host's memory."""
     settings = json.loads((ROOT / "examples" / "train" / "ds_z3.json").read_text())
     settings["zero_optimization"]["stage"] = stage
     if stage < 3:
         settings["zero_optimization"] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+    if offload:
+        settings["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+        settings["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own Adam would be compiled first
     return settings
 
 
@@ -60,6 +63,10 @@ LAUNCHES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "ZeRO-2, 2 ranks": ({"ddp_backend": "gloo", "deepspeed": zero(2)}, RANKS),
     "ZeRO-3, 2 ranks": ({"ddp_backend": "gloo", "deepspeed": zero(3), "use_cpu": False}, RANKS),
+    "ZeRO-3-offload, 2 ranks": (
+        {"ddp_backend": "gloo", "deepspeed": zero(3, offload=True), "use_cpu": False},
+        RANKS,
+    ),
     "Ray, 2 workers": (
         {
             "ddp_backend": "gloo",
@@ -70,7 +77,12 @@ LAUNCHES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"USE_RAY": "1"},
     ),
 }
-NEEDS = {"ZeRO-2, 2 ranks": "deepspeed", "ZeRO-3, 2 ranks": "deepspeed", "Ray, 2 workers": "ray"}
+NEEDS = {
+    "ZeRO-2, 2 ranks": "deepspeed",
+    "ZeRO-3, 2 ranks": "deepspeed",
+    "ZeRO-3-offload, 2 ranks": "deepspeed",
+    "Ray, 2 workers": "ray",
+}
 # A worker reserves ten CPUs, and without accelerators LlamaFactory reserves one worker for every CPU of the cluster,
 # which no cluster has: it would wait for ever. Two workers are reserved here instead; all else is its own.
 RAY_ON_CPUS = """
