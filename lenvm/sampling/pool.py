@@ -70,10 +70,10 @@ class ServerPool:
             RequestFailedError: if a server refuses, or none can be reached.
         """
         last: RequestFailedError | None = None
-        for _ in self._servers:
-            if not self._load:
-                break
-            k = min(self._load, key=self._load.__getitem__)
+        tried: set[int] = set()
+        while untried := self._load.keys() - tried:  # one that dies may still look alive: not the same again
+            k = min(sorted(untried), key=self._load.__getitem__)
+            tried.add(k)
             self._load[k] += 1
             try:
                 return await self._servers[k].draw(client, prompt, samples)
