@@ -17,6 +17,7 @@ from lenvm.evaluation.commands import app as evaluation
 from lenvm.pipeline.commands import app as pipeline
 from lenvm.report.command import report
 from lenvm.sampling.commands import sample
+from lenvm.sampling.hub_commands import pull, push
 from lenvm.sampling.merge_command import merge
 from lenvm.sampling.split_command import split
 from lenvm.view.command import view
@@ -29,6 +30,8 @@ main = typer.Typer(
 main.command()(sample)
 main.command()(merge)
 main.command()(split)
+main.command()(push)
+main.command()(pull)
 main.command()(convert)
 main.command()(distill)
 main.command()(report)

@@ -47,7 +47,9 @@ class Series(BaseModel):
     y_low: list[float] | None = None
     y_high: list[float] | None = None
     names: list[str] | None = Field(default=None, description="of the points, which are numbered for the legend")
-    style: Literal["line", "points"] = "line"
+    style: Literal["line", "points", "words"] = Field(
+        default="line", description="words: a word cloud, each of `names` as large as its y; x says nothing"
+    )
     colour: str | None = Field(default=None, description="a name of `lenvm.report.plots.COLOURS`")
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 from lenvm.evaluation.data import read_rows
 from lenvm.evaluation.errors import EvaluationError
+from lenvm.instructions import MATH, instructed
 from lenvm.sampling.errors import SamplingError
 from lenvm.sampling.images import PromptImage, openai_messages, place_images, read_images
 
-MATH_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
-"""The paper's, before the question."""
 QUESTION_KEYS = ("question", "problem")
 IMAGE_KEYS = ("images", "image")
 
@@ -34,7 +33,7 @@ class Problem:
 
 
 def read_problems(
-    path: Path, limit: int | None = None, instruction: str = MATH_INSTRUCTION, question: str | None = None
+    path: Path, limit: int | None = None, instruction: str = MATH, question: str | None = None
 ) -> list[Problem]:
     """Read a file of problems.
 
@@ -42,7 +41,7 @@ def read_problems(
         path: JSONL: `messages` and `answer`, or a question and `answer`; with `images` (or `image`), paths beside the
             file or absolute.
         limit: only so many, spread evenly over the file.
-        instruction: put before a bare question, on its own line; empty for none.
+        instruction: put before a bare question and an empty line; empty for none.
         question: key of the question; default: the first of `question`, `problem` that a row has.
 
     Raises:
@@ -59,7 +58,7 @@ def read_problems(
             if "messages" in row:  # a prompt file may hold open tasks too
                 continue
             raise EvaluationError(f"{where} has no `answer`; it has {', '.join(sorted(row))}.")
-        text = f"{instruction}\n{row[key]}" if instruction and key else str(row.get(key or "", ""))
+        text = instructed(instruction, str(row[key])) if key else ""
         messages = row.get("messages", [{"role": "user", "content": text}])
         column = next((k for k in IMAGE_KEYS if row.get(k)), None)
         images: tuple[PromptImage, ...] = ()

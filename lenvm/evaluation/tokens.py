@@ -185,9 +185,24 @@ def tokens_outcome(
                     for label, found, colour in groups
                     if found
                 ],
-            )
+            ),
+            *_clouds(longer, shorter),
         ],
     )  # fmt: skip
+
+
+def _clouds(longer: Sequence[TokenEffect], shorter: Sequence[TokenEffect]) -> list[Plot]:
+    """Figure 4: words as large as their occurrences beyond the threshold are many."""
+    plots = []
+    for name, found, colour in (("lengthen", longer, "hard"), ("shorten", shorter, "posterior")):
+        shares = [t.lengthening if name == "lengthen" else t.shortening for t in found]
+        counts = [(t.token, share * t.effect.n) for t, share in zip(found, shares, strict=True) if share > 0.0]
+        if counts:
+            words = Series(label=name, x=[0.0] * len(counts), y=[n for _, n in counts], names=[w for w, _ in counts],
+                           style="words", colour=colour)  # fmt: skip
+            title = f"Tokens that {name}, by occurrences beyond {THRESHOLD}"
+            plots.append(Plot(name=f"cloud_{name}", title=title, x_label="", y_label="", series=[words]))
+    return plots
 
 
 def _table(title: str, found: Sequence[TokenEffect]) -> Sheet:

@@ -47,9 +47,10 @@ def tradeoff(
     from lenvm.evaluation.client import ServerSettings
     from lenvm.evaluation.errors import EvaluationError
     from lenvm.evaluation.grading import verified
-    from lenvm.evaluation.problems import MATH_INSTRUCTION, fitting, read_problems
+    from lenvm.evaluation.problems import fitting, read_problems
     from lenvm.evaluation.runner import ask_plan, score_answers
     from lenvm.evaluation.tradeoff import TradeoffSizes, graded, make_plan, tradeoff_outcome
+    from lenvm.instructions import MATH
 
     console = wide_console()
     sizes = checked(
@@ -66,7 +67,7 @@ def tradeoff(
         raise typer.BadParameter("--max-prompt-tokens needs --base, whose tokenizer counts.")
     sampling = {"temperature": temperature, "top_p": top_p, **({"min_p": min_p} if min_p else {})}
     with reported(console):
-        problems = read_problems(data, limit, MATH_INSTRUCTION if instruction is None else instruction, question)
+        problems = read_problems(data, limit, MATH if instruction is None else instruction, question)
         if base is not None and any(p.images for p in problems):
             raise EvaluationError("--base scores answers by their text alone, and these problems have images; omit it.")
         whole = len(problems)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lenvm.evaluation.grading import verified
-from lenvm.evaluation.problems import MATH_INSTRUCTION
+from lenvm.instructions import MATH, instructed
 
 HUB = {"gsm8k": ("openai/gsm8k", "main"), "math500": ("HuggingFaceH4/MATH-500", "default")}
 
@@ -32,7 +32,7 @@ def _problems(name: str, **metadata: Any) -> Any:
 
 def prompt(row: dict[str, Any]) -> str:
     """The user's message: the paper's instruction and the problem."""
-    return f"{MATH_INSTRUCTION}\n{row.get('question') or row['problem']}"
+    return instructed(MATH, row.get("question") or row["problem"])
 
 
 def grade(row: dict[str, Any], answers: list[str]) -> dict[str, float]:

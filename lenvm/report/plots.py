@@ -168,10 +168,12 @@ def example(e: Example) -> str:
 
 
 def drawn(plot: Plot) -> str:
-    """A figure of an `Outcome`: lines and points with their intervals."""
+    """A figure of an `Outcome`: lines and points with their intervals, or words."""
     with _figure(1, 1, width=9.6, height=4.4) as (figure, axes):
         panel = axes[0][0]
         _draw(plot, panel)
+        if _words(plot):
+            return _svg(figure, plot.name, plot.title)
         panel.margins(x=0.12)
         if _numbered(plot):
             figure.legend(loc="outside right")
@@ -196,6 +198,8 @@ def write_png(plots: Sequence[Plot], path: Path) -> None:
         for panel, plot in zip(panels, plots, strict=False):
             _draw(plot, panel)
             panel.set_title(plot.title, loc="left", weight="bold", fontsize=9.0)
+            if _words(plot):
+                continue
             if _numbered(plot):
                 panel.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0.0, -0.2), ncols=2)
             else:
@@ -206,7 +210,10 @@ def write_png(plots: Sequence[Plot], path: Path) -> None:
 
 
 def _draw(plot: Plot, panel: Axes) -> None:
-    """Lines and points; names are written beside their points, or numbers that the legend explains."""
+    """Lines and points; names are written beside their points, or numbers that the legend explains. Or words."""
+    if _words(plot):
+        _draw_words(plot, panel)
+        return
     numbered = _numbered(plot)
     cycle = [COLOURS[k] for k in ("posterior", "hard", "shade", "bias", "base")]
     for i, s in enumerate(plot.series):
@@ -231,6 +238,33 @@ def _draw(plot: Plot, panel: Axes) -> None:
         panel.plot([min(ends), max(ends)], [min(ends), max(ends)], color=INK, lw=0.9, alpha=0.55)
     panel.set_xlabel(plot.x_label)
     panel.set_ylabel(plot.y_label)
+
+
+def _draw_words(plot: Plot, panel: Axes) -> None:
+    """A word cloud: the words of all series, each in its series' colour."""
+    import matplotlib as mpl
+    from wordcloud import WordCloud
+
+    sizes = {name: y for s in plot.series for name, y in zip(s.names or [], s.y, strict=True)}
+    colours = {name: COLOURS[s.colour or "posterior"] for s in plot.series for name in s.names or []}
+    cloud = WordCloud(
+        width=960,
+        height=400,
+        scale=2,
+        mode="RGBA",
+        background_color=None,
+        prefer_horizontal=1.0,  # a token that stands upright is hard to read
+        relative_scaling=0.5,
+        random_state=0,  # the same picture every time
+        font_path=mpl.font_manager.findfont("DejaVu Sans"),
+        color_func=lambda word, **_: colours[word],
+    ).generate_from_frequencies(sizes)
+    panel.imshow(cloud.to_array(), interpolation="bilinear")
+    panel.set_axis_off()
+
+
+def _words(plot: Plot) -> bool:
+    return any(s.style == "words" for s in plot.series)
 
 
 def _numbered(plot: Plot) -> bool:

@@ -51,6 +51,13 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Every completion's own seed derives from it.")] = defaults.SEED,
     concurrency: Annotated[int, typer.Option(min=1, help="Completions in flight.")] = defaults.CONCURRENCY,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns, instruction and split of a known data set: gsm8k, math, deepmath, wildchat, "
+            "opencodereasoning-2, r1-onevision; drops prompts that occurred before."
+        ),
+    ] = None,
     columns: Annotated[
         str,
         typer.Option(
@@ -58,7 +65,12 @@ def sample(
         ),
     ] = "",
     split: Annotated[str | None, typer.Option(help="Which split of a dataset directory.")] = None,
-    instruction: Annotated[str, typer.Option(help="Line before each `prompt` of a column map.")] = "",
+    instruction: Annotated[
+        str | None, typer.Option(help="Put before each question, and an empty line; empty for none.")
+    ] = None,
+    meta: Annotated[
+        str | None, typer.Option(help="Columns that travel to the samples, e.g. answer,level; default: all others.")
+    ] = None,
     media_dir: Annotated[
         Path | None, typer.Option(help="Folder that paths of images are relative to; default: the prompts' own.")
     ] = None,
@@ -90,9 +102,7 @@ def sample(
     from rich.console import Console
 
     from lenvm.sampling.errors import SamplingError
-    from lenvm.sampling.images import images_folder
     from lenvm.sampling.picture import check_picture, draw_lengths
-    from lenvm.sampling.prompts import Reading
     from lenvm.sampling.settings import SamplingSettings
     from lenvm.sampling.shards import Shard
 
@@ -110,7 +120,7 @@ def sample(
             retries=retries,
             timeout=timeout,
         )
-        reading = Reading(_columns(columns), instruction, first_turn, deduplicate, split, media_dir, images_folder(out))
+        reading = _reading(prompts, out, preset, columns, instruction, first_turn, deduplicate, split, meta, media_dir)
         part = None if shard is None else Shard.parse(shard)
         if picture is not None:
             check_picture(picture)
@@ -244,6 +254,43 @@ def progress_bar(console: Console) -> Iterator[Callable[[int, int, int], None]]:
             bars.update(task, completed=done, total=total, speed=speed(tokens))
 
         yield update
+
+
+def _reading(
+    prompts: Path,
+    out: Path,
+    preset: str | None,
+    columns: str,
+    instruction: str | None,
+    first_turn: bool,
+    deduplicate: bool,
+    split: str | None,
+    meta: str | None,
+    media: Path | None,
+) -> Reading:
+    """How the rows become prompts: as the preset says, and where an option says otherwise, as that says."""
+    from lenvm.sampling.errors import SamplingError
+    from lenvm.sampling.images import images_folder
+    from lenvm.sampling.presets import Preset
+    from lenvm.sampling.presets import preset as known
+    from lenvm.sampling.prompts import Reading
+    from lenvm.sampling.sources import split_names
+
+    if split is not None and prompts.is_file():
+        raise SamplingError(f"--split chooses among the files of a directory, and {prompts} is a file; omit it.")
+    usual = Preset("", {}, "", "") if preset is None else known(preset)
+    return Reading(
+        columns={**usual.columns, **_columns(columns)},
+        instruction=usual.instruction if instruction is None else instruction,
+        first_turn=first_turn or usual.first_turn,
+        # the sets repeat questions, and a prompt must not be in two parts of a split
+        deduplicate=deduplicate or preset is not None,
+        split=split or (usual.split if usual.split in split_names(prompts, usual.split) else None),
+        meta=usual.meta if meta is None else [name.strip() for name in meta.split(",") if name.strip()],
+        absent=usual.absent,
+        media=media,
+        images=images_folder(out),
+    )
 
 
 def _columns(text: str) -> dict[str, str]:

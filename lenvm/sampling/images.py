@@ -18,6 +18,10 @@ PLACEHOLDER = "<image>"
 """Where an image goes in the text of a message, as in LlamaFactory's formats."""
 PART = {"type": "image"}
 """The same as a part of a message."""
+LONGEST_PATH = 4095
+"""Bytes that a path may have; a longer text is an image written out."""
+SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
+"""What files of images begin with."""
 SUFFIXES = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
 """File name suffixes where they are not the format's name in small letters."""
 
@@ -44,7 +48,8 @@ def read_images(value: Any, where: str, column: str, media: Path, folder: Path |
     """The images of a row.
 
     Args:
-        value: a path, bytes, or a `{bytes, path}` of Hugging Face's Image feature; one, a list of them, or None.
+        value: a path, bytes, base64 (alone or as a data URL), or a `{bytes, path}` of Hugging Face's Image feature;
+            one, a list of them, or None.
         where: the row, for messages.
         column: the value's column, for messages.
         media: what paths are relative to.
@@ -61,6 +66,7 @@ def read_images(value: Any, where: str, column: str, media: Path, folder: Path |
 
 def _image(value: Any, where: str, column: str, media: Path, folder: Path | None) -> PromptImage:
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
+    data = _inside(name, media) if isinstance(name, str) and not isinstance(data, bytes) else data
     if isinstance(data, bytes):
         if folder is None:
             raise SamplingError(f"{where}: `{column}` holds an image itself; here it must be the path of a file.")
@@ -80,6 +86,19 @@ def _image(value: Any, where: str, column: str, media: Path, folder: Path | None
             "--media-dir names another folder."
         ) from None
     return PromptImage(path, _checked(data, f"{where}: the image {_short(name)}")[0])
+
+
+def _inside(text: str, media: Path) -> bytes | None:
+    """The bytes of an image that is written out as base64, alone or as a data URL; None for a path."""
+    url = text.startswith("data:")
+    if not url and (len(text) <= LONGEST_PATH and os.path.exists(media / text)):
+        return None
+    try:
+        data = base64.b64decode(text.partition(",")[2] if url else text, validate=True)
+    except ValueError:  # a path to nothing, which is reported as such
+        return None
+    # letters alone could be a name too: what no image begins like is taken for a path
+    return data if url or len(text) > LONGEST_PATH or data.startswith(SIGNATURES) else None
 
 
 def _checked(data: bytes, what: str) -> tuple[str, str]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lenvm.instructions import instructed
 from lenvm.sampling.errors import SamplingError
-from lenvm.sampling.images import PromptImage, place_images, read_images, shown_images
+from lenvm.sampling.images import PLACEHOLDER, PromptImage, place_images, read_images, shown_images
 from lenvm.sampling.sources import read_source
 
 FIELDS = ("id", "messages", "prompt", "system", "images")
 """What a column map can name."""
+SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+"""Who speaks in messages with `from` and `value`, and the role that is meant."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,12 @@ class Reading:
     Attributes:
         columns: our name -> the source's column, for `id`, `messages`, `prompt` (a text, which becomes the user's
             message), `system` and `images`. Without a column for `id` rows are numbered.
-        instruction: put before a `prompt`, on a line of its own.
+        instruction: put before a `prompt`, or before the first user message of a conversation, and an empty line.
         first_turn: keep a conversation up to its first user message (WildChat).
         deduplicate: leave out prompts whose messages, with the same images, occurred before.
-        split: of a dataset directory.
+        split: of a dataset directory; a file is read whole.
+        meta: columns that travel to the samples; None for all that are not mapped.
+        absent: a text that stands where a data set leaves its questions out; such rows are refused.
         media: folder that paths of images are relative to; default: that of the prompt file, or the dataset directory.
         images: folder where images are written to that rows hold as bytes; without one they are refused.
     """
@@ -58,6 +64,8 @@ class Reading:
     first_turn: bool = False
     deduplicate: bool = False
     split: str | None = None
+    meta: Sequence[str] | None = None
+    absent: str | None = None
     media: Path | None = None
     images: Path | None = None
 
@@ -129,7 +137,8 @@ def _prompt(row: Any, where: str, how: Reading, number: int) -> Prompt:
     if how.first_turn and "prompt" not in columns:
         messages = _first_turn(messages, columns["messages"], where)
         images = images[: shown_images(messages)]  # of later turns
-    meta = {k: v for k, v in row.items() if k not in (*columns.values(), column)}
+    mapped = (*columns.values(), column)
+    meta = {k: v for k, v in row.items() if (k not in mapped if how.meta is None else k in how.meta)}
     return Prompt(str(number) if numbered else str(row[columns["id"]]), messages, _plain(meta, where), images)
 
 
@@ -138,8 +147,13 @@ def _messages(row: dict[str, Any], columns: Mapping[str, str], how: Reading, whe
         text = row[columns["prompt"]]
         if not isinstance(text, str) or not text.strip():
             raise SamplingError(f"{where}: `{columns['prompt']}` must be a text, got {text!r}.")
-        return [{"role": "user", "content": f"{how.instruction}\n{text}" if how.instruction else text}]
-    name, messages = columns["messages"], row[columns["messages"]]
+        if text.strip() == how.absent:
+            raise SamplingError(
+                f"{where}: `{columns['prompt']}` is {text!r}: the data set comes without its questions; fill them in "
+                "as its card describes, and sample from the result."
+            )
+        return [{"role": "user", "content": _behind_images(how.instruction, text)}]
+    name, messages = columns["messages"], _sharegpt(row[columns["messages"]])
     good = isinstance(messages, list) and all(isinstance(m, dict) and "role" in m and "content" in m for m in messages)
     if not good or not messages:
         raise SamplingError(f"{where}: `{name}` must be a list of objects with `role` and `content`, not empty.")
@@ -148,7 +162,41 @@ def _messages(row: dict[str, Any], columns: Mapping[str, str], how: Reading, whe
             f"{where}: the last message is the assistant's; a prompt must end before the answer "
             "(--first-turn keeps the first question alone)."
         )
-    return messages
+    return _led(messages, how.instruction, where)
+
+
+def _sharegpt(messages: Any) -> Any:
+    """Messages with `from` and `value` as ones with `role` and `content`; all others as they are."""
+    if not isinstance(messages, list):
+        return messages
+    return [
+        {"role": SHAREGPT[m["from"]], "content": m["value"]}
+        if isinstance(m, dict) and m.get("from") in SHAREGPT and "value" in m
+        else m
+        for m in messages
+    ]
+
+
+def _led(messages: list[dict[str, Any]], instruction: str, where: str) -> list[dict[str, Any]]:
+    """The messages with the instruction before the first question."""
+    if not instruction:
+        return messages
+    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+    if first is None:
+        raise SamplingError(f"{where} has no message of the user to put the instruction before.")
+    content = messages[first]["content"]
+    if isinstance(content, list):
+        content = [{"type": "text", "text": instructed(instruction, "")}, *content]
+    else:
+        content = _behind_images(instruction, str(content))
+    return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
+
+
+def _behind_images(instruction: str, text: str) -> str:
+    """The question after its instruction; images that it begins with stay first."""
+    images = re.match(rf"(?:{PLACEHOLDER}\s*)*", text)
+    end = images.end() if images else 0
+    return text[:end] + instructed(instruction, text[end:])
 
 
 def _first_turn(messages: list[dict[str, Any]], name: str, where: str) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ Rows = Iterator[tuple[str, Any]]
 """(place for messages, row)."""
 
 
-SPLIT = re.compile(r"(?:^|[/_.-])(train|training|test|validation|valid|val|dev)(?=[/_.-])")
+SPLITS = "train|training|test|validation|valid|val|dev"
+"""Names that tell the parts of a data set apart; others where one is asked for."""
 
 
 def read_source(path: Path, split: str | None = None) -> Rows:
@@ -43,7 +44,21 @@ def read_source(path: Path, split: str | None = None) -> Rows:
     yield from _file(path)
 
 
-def _data_files(path: Path, split: str | None) -> list[Path]:
+def split_names(path: Path, asked: str | None = None) -> list[str]:
+    """The splits that the names in a dataset directory tell apart; of a file none.
+
+    Args:
+        path: file or directory.
+        asked: a name to look for beside the usual ones.
+
+    Raises:
+        SamplingError: for a directory without data.
+    """
+    return sorted({name for name in _splits(path, asked).values() if name}) if path.is_dir() else []
+
+
+def _splits(path: Path, asked: str | None) -> dict[Path, str | None]:
+    """The files of a dataset directory, in order, and which split each is of."""
     for suffix in (".arrow", ".parquet", ".jsonl"):
         files = sorted(p for p in path.rglob(f"*{suffix}") if not p.name.startswith("."))
         if suffix == ".arrow":  # the cache of `datasets.map` lies beside the data
@@ -52,15 +67,22 @@ def _data_files(path: Path, split: str | None) -> list[Path]:
             break
     else:
         raise SamplingError(f"{path} holds no .arrow, .parquet or .jsonl file; give the directory of a dataset.")
-    named = {p: SPLIT.search(p.relative_to(path).as_posix()) for p in files}
-    splits = sorted({match[1] for match in named.values() if match})
+    # the asked name first: a set may keep its parts `python` and `cpp` in a folder `train`
+    patterns = [re.compile(rf"(?:^|[/_.-])({n})(?=[/_.-])") for n in (*([re.escape(asked)] if asked else []), SPLITS)]
+    places = {p: p.relative_to(path).as_posix() for p in files}
+    return {p: next((m[1] for pattern in patterns if (m := pattern.search(at))), None) for p, at in places.items()}
+
+
+def _data_files(path: Path, split: str | None) -> list[Path]:
+    named = _splits(path, split)
+    splits = sorted({name for name in named.values() if name})
     if split is None and len(splits) > 1:
         raise SamplingError(f"{path} holds the splits {', '.join(splits)}; name one with --split.")
     if split is None:
-        return files
+        return list(named)
     if split not in splits:
         raise SamplingError(f"{path} has no split {split!r}, it has {', '.join(splits) or 'none that a name tells'}.")
-    return [p for p, match in named.items() if match and match[1] == split]
+    return [p for p, name in named.items() if name == split]
 
 
 def _file(path: Path) -> Rows:

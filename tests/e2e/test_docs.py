@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from lenvm.cli import main
 from lenvm.pipeline.server import SglangServer
 from tests.e2e.conftest import REPOSITORY, Run
+from tests.sampling import hub_server
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +60,7 @@ def lenvm(*words: str) -> str:
 def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> list[str]:
     """The same command about files and addresses that exist here."""
     places = {
+        "DeepMath-103K": str(folder / "deepmath.jsonl"),
         "prompts.jsonl": str(demo.folder / "prepare" / "prompts_test.jsonl"),
         "Qwen/Qwen2.5-7B-Instruct": str(demo.base),
         "runs/demo/lenvm": str(demo.lenvm),
@@ -87,6 +90,8 @@ def local(words: list[str], demo: Run, server: SglangServer, folder: Path) -> li
         (folder / "gsm8k_test.jsonl").write_text(f"{json.dumps(problem)}\n" * 3)
     if words[1:3] in (["eval", "ablations"], ["eval", "scaling"]):
         places |= trainings([word for word in words if word.startswith("saves/")], words[2], demo, folder)
+    if "--preset" in words:
+        (folder / "deepmath.jsonl").write_text('{"question": "1 + 1?"}\n')
     out = [places.get(word, word) for word in words]
     for i, word in enumerate(out):
         if word == "--server":
@@ -158,6 +163,17 @@ def test_command(page: str, command: str, demo: Run, server: SglangServer, tmp_p
         case ["lenvm", "pipeline", verb, recipe, *_]:
             assert verb in ("run", "serve")  # both run in this folder, on a small scale: fixtures `demo` and `served`
             assert (REPOSITORY / recipe).is_file()
+        case ["lenvm", "push" | "pull" as verb, *rest]:
+            with hub_server.serving() as hub:
+                hub.repositories = {"zwhe99/DeepMath-103K": {"x": b"x"}, "me/lengths": {"x": b"x"}}
+                split = str(demo.folder / "samples")
+                here = {"data": split, **{n: str(tmp_path / n) for n in ("dataset", "copy", "DeepMath-103K")}}
+                environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_x"}
+                command_line = [sys.executable, "-m", "lenvm", verb, *(here.get(word, word) for word in rest)]
+                # a process of its own: the client of the Hub reads its address when it is imported
+                done = subprocess.run(command_line, env=environment, capture_output=True, text=True, timeout=300)
+                assert done.returncode == 0, done.stderr
+                assert bool(hub.asked) == ("--prepare" not in rest)
         case ["lenvm", *_]:
             lenvm(*local(words, demo, server, tmp_path)[1:])
         case _:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from lenvm.evaluation.samples import read_samples
 from lenvm.evaluation.tokens import Answered, token_effects, token_name
 from lenvm.evaluation.values import StateValues, Text, local_values, values_of
 from lenvm.modeling import LengthValueModel
+from lenvm.report.plots import drawn
 from tests.sglang.models import make_vision_pair
 from tests.sglang.reference import VisionReference
 
@@ -131,6 +133,13 @@ def test_the_command(world, tmp_path):
         for i, line in enumerate(world.samples.read_text().splitlines())
         if i % 16 < 8
     )
+    for plot in outcome.plots[1:]:
+        (cloud,) = plot.series
+        (table,) = [s for s in outcome.sheets if s.title == f"Tokens that {cloud.label}"]
+        beyond = {row[0]: row[3 + (cloud.label == "shorten")] * row[5] / 100.0 for row in table.rows}
+        assert dict(zip(cloud.names, cloud.y, strict=True)) == pytest.approx({w: n for w, n in beyond.items() if n})
+        assert re.search(r"<image [^>]*base64", drawn(plot))
+    assert len(outcome.plots) > 1
     neither = CliRunner().invoke(main, words)
     assert neither.exit_code == 1
     assert "give --tokenizer DIR" in " ".join(neither.output.split())

@@ -15,9 +15,10 @@ from lenvm.evaluation.errors import EvaluationError
 from lenvm.evaluation.grading import verified
 from lenvm.evaluation.metrics import pass_at_k
 from lenvm.evaluation.outcome import read_outcome
-from lenvm.evaluation.problems import MATH_INSTRUCTION, read_problems
+from lenvm.evaluation.problems import read_problems
 from lenvm.evaluation.schema import Estimate
 from lenvm.evaluation.tradeoff import Curve, Graded, TradeoffSizes, curves_of, make_plan, mean_accuracy
+from lenvm.instructions import MATH
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
@@ -76,7 +77,7 @@ def test_problem_files(tmp_path):
     gsm.write_text(json.dumps({"question": "2 + 2?", "answer": "easy #### 4"}) + "\n")
     math.write_text("".join(json.dumps({"problem": f"q{i}", "solution": "s", "answer": "1"}) + "\n" for i in range(9)))
     (one,) = read_problems(gsm)
-    assert one.messages == [{"role": "user", "content": f"{MATH_INSTRUCTION}\n2 + 2?"}]
+    assert one.messages == [{"role": "user", "content": f"{MATH}\n\n2 + 2?"}]
     assert one.answer == "easy #### 4"
     assert [p.messages[0]["content"] for p in read_problems(math, 3, "")] == ["q0", "q3", "q6"]
     assert read_problems(math, question="solution")[0].messages[0]["content"].endswith("\ns")

@@ -140,10 +140,10 @@ def test_paths_are_relative_to_the_prompts_or_the_media_folder(folder: Path):
     pq.write_table(pa.table(questions), folder / "set" / "q.parquet")
     columns = {"id": "uuid", "prompt": "q", "images": "image"}
     prompts = read_prompts(folder / "set", reading=Reading(columns, "Think.", media=folder))
-    assert prompts[0].messages == user([SHOWN, words("Think.\nWhat?")])
+    assert prompts[0].messages == user([SHOWN, words("Think.\n\nWhat?")])
     assert prompts[0].images[0].path == folder / "pics" / "0.png"
     assert prompts[0].images[0].sha256 == hashlib.sha256(encoded(0)).hexdigest()
-    assert (prompts[1].messages, prompts[1].images, prompts[1].meta) == (user("Think.\nWhy?"), (), {})
+    assert (prompts[1].messages, prompts[1].images, prompts[1].meta) == (user("Think.\n\nWhy?"), (), {})
     with pytest.raises(SamplingError, match=r"q\.parquet, row 1: the image 'pics/0\.png' cannot be read .*--media-dir"):
         read_prompts(folder / "set", reading=Reading(columns))
     with pytest.raises(SamplingError, match=r"--media-dir must be the folder"):
@@ -335,3 +335,24 @@ def test_merged_shards_are_the_file_of_one_machine_and_its_images(tmp_path: Path
     assert {p.name: p.read_bytes() for p in images_folder(joined).iterdir()} == {
         p.name: p.read_bytes() for p in images_folder(whole).iterdir()
     }
+
+
+def test_images_may_be_written_out_as_base64(tmp_path: Path):
+    import base64
+
+    from lenvm.sampling.images import read_images
+
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (6, 6), "blue").save(picture)
+    text = base64.b64encode(picture.read_bytes()).decode()
+    folder = tmp_path / "out_images"
+    for value in (text, f"data:image/png;base64,{text}"):
+        (image,) = read_images(value, "row 1", "image", tmp_path, folder)
+        assert image.path.parent == folder
+        assert image.path.read_bytes() == picture.read_bytes()
+    (image,) = read_images("a.png", "row 1", "image", tmp_path, folder)  # a path goes first
+    assert image.path == picture
+    with pytest.raises(SamplingError, match=r"row 1: the image 'abcd' cannot be read"):  # letters that are base64 too
+        read_images("abcd", "row 1", "image", tmp_path, folder)
+    with pytest.raises(SamplingError, match="an image in `image` cannot be opened"):
+        read_images("data:image/png;base64,AAAA", "row 1", "image", tmp_path, folder)

@@ -54,7 +54,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_every_format_gives_the_same_prompts(source: Path):
     prompts = read_prompts(source, reading=Reading(COLUMNS, instruction="Think."))
     assert [p.id for p in prompts] == ["u0", "u1", "u2", "u3", "u4"]
-    assert prompts[1].messages == [{"role": "user", "content": "Think.\ntwo?"}]
+    assert prompts[1].messages == [{"role": "user", "content": "Think.\n\ntwo?"}]
     assert prompts[3].meta == {"level": 3, "when": "2026-01-04"}
     assert [p.id for p in read_prompts(source, 3, Reading(COLUMNS, deduplicate=True))] == ["u0", "u1", "u3"]
 
