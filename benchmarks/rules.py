@@ -61,7 +61,7 @@ def nearest(lengths: Tensor, candidates: Candidates, rows: GuidanceRows) -> Tens
     """The candidate whose predicted remaining length [R, K] is nearest to what is left; ties as in `guidance.hard`."""
     cost = (lengths.masked_fill(candidates.is_stop, 0.0) - rows.left[:, None].clamp(min=0)).abs()
     cost = cost.masked_fill(~candidates.kept, torch.inf)
-    choice = guidance._first_by(cost, -candidates.log_p, candidates.token_ids)
+    choice = guidance.first_by(cost, -candidates.log_p, candidates.token_ids)
     return torch.full_like(candidates.log_p, -torch.inf).scatter_(-1, choice[:, None], 0.0)
 
 
@@ -86,7 +86,7 @@ def logit_bias(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm
 
 def scaled_value(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:
     """p exp(beta u) with E_p'[u] = exp(s) E_p[u]."""
-    return _scaled(guidance._u(candidates, scores), candidates, rows)
+    return _scaled(guidance.discounted_length(candidates, scores), candidates, rows)
 
 
 def scaled_length(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:

@@ -272,7 +272,7 @@ def hard(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: Lenv
     at_most, at_least = mode == int(Mode.AT_MOST), mode == int(Mode.AT_LEAST)
     cost = torch.where(at_most, -one_minus_u, torch.where(at_least, one_minus_u, nearest))
     cost = cost.masked_fill(~candidates.kept, torch.inf)
-    choice = _first_by(cost, -candidates.log_p, candidates.token_ids)
+    choice = first_by(cost, -candidates.log_p, candidates.token_ids)
     picked = torch.full_like(candidates.log_p, -torch.inf).scatter_(-1, choice[:, None], 0.0)
     picked = torch.where(cost.isnan().any(-1, keepdim=True), torch.nan, picked)
     released = at_least & (rows.left <= 0)[:, None]
@@ -285,7 +285,7 @@ def soft(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: Lenv
     at_most and at_least tilt only if the base misses the bound in expectation. A target outside the candidates' range
     takes the nearest of them. beta by bisection in float64, which cannot diverge.
     """
-    u = _u(candidates, scores).double().masked_fill(~candidates.kept, 0.0)
+    u = discounted_length(candidates, scores).double().masked_fill(~candidates.kept, 0.0)
     log_p = candidates.log_p.double()
     wanted = -torch.expm1(-rows.left.clamp(min=0).double() * decay_nats(lenvm.gamma))[:, None]
 
@@ -308,15 +308,15 @@ def soft(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: Lenv
 
 def exponential_tilt(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:
     """Exponential tilting (Eq. 11-12, section 3.3): p'(x) ~ p(x) exp(beta u(x)); beta < 0 is shorter."""
-    return candidates.log_p + rows.bias[:, None] * _u(candidates, scores)
+    return candidates.log_p + rows.bias[:, None] * discounted_length(candidates, scores)
 
 
-def _u(candidates: Candidates, scores: Scores) -> Tensor:
+def discounted_length(candidates: Candidates, scores: Scores) -> Tensor:
     """u = sigmoid(z) = 1 - gamma^n_hat, [R, K] float32; 0 for a stop token."""
     return torch.sigmoid(scores.z.float()).masked_fill(candidates.is_stop, 0.0)
 
 
-def _first_by(*keys: Tensor) -> Tensor:
+def first_by(*keys: Tensor) -> Tensor:
     """[R] slot of the lexicographically smallest (key0, key1, ...) in each row."""
     alive = torch.ones_like(keys[0], dtype=torch.bool)
     for key in keys:

@@ -7,11 +7,11 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from lenvm.evaluation.data import NaturalPrompt
 from lenvm.evaluation.errors import EvaluationError
@@ -39,6 +39,34 @@ class Answer:
     finish_reason: str
     lenvm: dict[str, Any] | None
     seconds: float
+
+
+T = TypeVar("T")
+
+
+async def answered(call: Awaitable[T], endpoint: str) -> T:
+    """What a call of the OpenAI client gives.
+
+    Args:
+        call: the call.
+        endpoint: who is asked, for messages.
+
+    Raises:
+        EvaluationError: if the endpoint refuses or cannot be reached.
+    """
+    import openai
+
+    try:
+        return await call
+    except openai.APIStatusError as error:
+        raise EvaluationError(
+            f"{endpoint} refused a request with status {error.status_code}: {error.message}"
+        ) from None
+    except openai.APIConnectionError as error:
+        raise EvaluationError(
+            f"{endpoint} does not answer ({type(error).__name__}); start it and repeat the command: "
+            "answers already received are kept."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -83,9 +111,10 @@ class Asker:
             max_retries=2,
         )
         self.model = ""
+        self._name = f"the server at {settings.url}"
 
     async def __aenter__(self) -> Asker:
-        models = await self._guarded(self._client.models.list())
+        models = await answered(self._client.models.list(), self._name)
         self.model = models.data[0].id
         return self
 
@@ -109,7 +138,7 @@ class Asker:
             EvaluationError: if the server refuses the request, cannot be reached or leaves out token ids.
         """
         began = time.perf_counter()
-        response = await self._guarded(
+        response = await answered(
             self._client.chat.completions.create(
                 model=self.model,
                 messages=list(messages),  # type: ignore[arg-type]
@@ -117,7 +146,8 @@ class Asker:
                 seed=request.seed,
                 # in the body, where top_k and min_p, which the client does not know, go beside the others
                 extra_body={"return_token_ids": True, **self.settings.sampling, **request.fields},
-            )
+            ),
+            self._name,
         )
         seconds = time.perf_counter() - began
         body: dict[str, Any] = response.model_dump(mode="json")
@@ -137,21 +167,6 @@ class Asker:
             lenvm=choice.get("lenvm") or body.get("lenvm"),
             seconds=seconds,
         )
-
-    async def _guarded(self, call: Any) -> Any:
-        import openai
-
-        try:
-            return await call
-        except openai.APIStatusError as error:
-            raise EvaluationError(
-                f"the server at {self.settings.url} refused a request with status {error.status_code}: {error.message}"
-            ) from None
-        except openai.APIConnectionError as error:
-            raise EvaluationError(
-                f"the server at {self.settings.url} does not answer ({type(error).__name__}); "
-                "start it and repeat the command: answers already received are kept."
-            ) from None
 
 
 def sampling_of(drawn: Mapping[str, Any]) -> dict[str, float]:

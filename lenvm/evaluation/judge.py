@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lenvm.evaluation.client import Answer, JsonLog, run_together
-from lenvm.evaluation.errors import EvaluationError
+from lenvm.evaluation.client import Answer, JsonLog, answered, run_together
 
 QUESTION = """Rate the answer to the task below from 1 (useless) to 10 (excellent): is it relevant, coherent, fluent \
 and complete as it stands? Do not judge whether it has the length that the task asks for.
@@ -81,22 +80,15 @@ async def judge_answers(
     async def work() -> None:
         for answer in waiting:  # the iterator is shared: each answer is taken once
             content = QUESTION.format(task=task(answer), answer=answer.text)
-            try:
-                response = await client.chat.completions.create(
+            response = await answered(
+                client.chat.completions.create(
                     model=settings.model,
                     messages=[{"role": "user", "content": content}],
                     temperature=0.0,
                     max_tokens=REPLY_TOKENS,
-                )
-            except openai.APIStatusError as error:
-                raise EvaluationError(
-                    f"the judge at {settings.url} refused a request with status {error.status_code}: {error.message}"
-                ) from None
-            except openai.APIConnectionError as error:
-                raise EvaluationError(
-                    f"the judge at {settings.url} does not answer ({type(error).__name__}); start it and repeat the "
-                    "command: answers and replies already received are kept."
-                ) from None
+                ),
+                f"the judge at {settings.url}",
+            )
             reply = response.choices[0].message.content or ""
             kept.add({"key": answer.request.key, "reply": reply})
             found[answer.request.key] = rating(reply)
