@@ -33,8 +33,8 @@ from lenvm.bins import LengthBins
 from lenvm.candidates import SamplingRows
 from lenvm.format import LenvmConfig
 from lenvm.guidance import Control, GuidanceRows, Mode, Scores
-from lenvm.heads import ValueHead
-from lenvm_kernels import build_candidates, reference, tilt_sample, value_head
+from lenvm.heads import LookaheadHead, ValueHead
+from lenvm_kernels import build_candidates, lookahead_scores, reference, tilt_sample, value_head
 
 DEVICE = "cpu" if DRY else "cuda"
 
@@ -115,6 +115,28 @@ def head_case(count: int, features: int, dtype: torch.dtype) -> Case:
     )
 
 
+def lookahead_case(rows: int, slots: int, features: int, rank: int, vocabulary: int, lenvm: LenvmConfig) -> Case:
+    head = LookaheadHead(features, rank, len(lenvm.bins), tokens=vocabulary)
+    head.reset_parameters()
+    head = head.to(DEVICE).requires_grad_(False)
+    states = torch.randn(rows + 8, features, device=DEVICE).to(torch.float32 if DRY else torch.bfloat16)
+    chosen = torch.randperm(rows + 8, device=DEVICE)[:rows]
+    ids = torch.randint(0, vocabulary, (rows, slots), device=DEVICE)
+    arguments = (states, chosen, ids, head, lenvm, True)
+    bins = len(lenvm.bins)
+    gathered = 2 * rows * features + 4 * rows * slots * rank
+    return Case(
+        "lookahead_scores",
+        f"R={rows} K={slots} H={features} r={rank}",
+        lambda: lookahead_scores(*arguments),
+        reference.lookahead_scores,
+        arguments,
+        size_of(head.w1, head.b1, head.w2, head.b2, ids) + gathered + 4 * rows * slots * (bins + 1),
+        2 * rows * rank * (features + slots * bins),
+        torch.float32,
+    )
+
+
 def candidates_case(rows: int, vocabulary: int, slots: int) -> Case:
     logits = torch.randn(rows, vocabulary, device=DEVICE) * 3
     ones = torch.ones(rows, device=DEVICE)
@@ -141,6 +163,8 @@ def cases() -> Iterator[Case]:
         for features in (32,) if DRY else (1536, 2048):
             for dtype in (torch.float32,) if DRY else (torch.float32, torch.bfloat16):
                 yield head_case(rows * (4 if DRY else 16), features, dtype)
+        shape = (4, 32, 16, 500) if DRY else (16, 3584, 192, 151_936)
+        yield lookahead_case(rows, *shape, lenvm)
         yield candidates_case(rows, 500 if DRY else 151_936, 4 if DRY else 16)
 
 

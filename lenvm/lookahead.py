@@ -27,13 +27,13 @@ def scores_from_distribution(log_q: Tensor, lenvm: LenvmConfig, value: bool = Tr
     """
     if not value:
         return Scores(z=log_q.new_zeros(log_q.shape[:-1], dtype=torch.float32), length_log_q=log_q)
-    per_bin = _log_discounts(lenvm.length_bins.centres, lenvm.gamma, log_q.device)
+    per_bin = log_discounts(lenvm.length_bins.centres, lenvm.gamma, log_q.device)
     log_discount = torch.logsumexp(log_q.float() + per_bin, dim=-1)  # ln E[gamma^n] <= ln gamma < 0
     return Scores(z=torch.log(-torch.expm1(log_discount)) - log_discount, length_log_q=log_q)
 
 
 @lru_cache(maxsize=8)
-def _log_discounts(centres: tuple[int, ...], gamma: float, device: torch.device) -> Tensor:
+def log_discounts(centres: tuple[int, ...], gamma: float, device: torch.device) -> Tensor:
     """ln E[gamma^n] within each bin, [B] float32; kept, because a server asks at every token."""
     bins = LengthBins.cached(centres)
     n = torch.arange(bins.longest + 1, dtype=torch.float64)

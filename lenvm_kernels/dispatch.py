@@ -17,7 +17,7 @@ from torch import Tensor
 from lenvm.candidates import Candidates, SamplingRows
 from lenvm.format import LenvmConfig
 from lenvm.guidance import Control, GuidanceRows, Scores
-from lenvm.heads import ValueHead
+from lenvm.heads import LookaheadHead, ValueHead
 from lenvm_kernels import reference
 from lenvm_kernels.results import TiltSample
 
@@ -27,6 +27,8 @@ MAX_REACH = 1024
 """Most tokens of a row that the candidate kernel orders; a larger top_k takes the reference."""
 MAX_STOPS = 32
 """Most stop tokens of a row; the candidate kernel compares every token it reads with each of them."""
+MAX_BINS = 128
+"""Most bins of a length distribution that `lookahead_scores` holds in registers."""
 MAX_CANDIDATES = 128
 """Most candidates of a row that `tilt_sample` holds in registers."""
 
@@ -95,6 +97,39 @@ def value_head(hidden: Tensor, head: ValueHead) -> Tensor:
 
         return fused.value_head(hidden, head)
     return head(hidden)
+
+
+def lookahead_scores(
+    states: Tensor, slots: Tensor, token_ids: Tensor, head: LookaheadHead, lenvm: LenvmConfig, value: bool = True
+) -> Scores:
+    """Scores of the states after each of K tokens in R rows, from the states before them; for inference.
+
+    Two launches: W1 h of the rows, then E[x], SiLU, W2, softmax over bins and z of each token in registers. Products
+    are as exact as float32 on tensor cores, or exact where state and W1 share a half precision; sums are float32, z is
+    float64 inside. A row's scores do not depend on its batch. The reference is taken where a gradient is wanted, for a
+    head without a table of its own, for more than `MAX_BINS` bins, and for a W1 of another dtype than float32 or the
+    states' own.
+
+    Args:
+        states: [S, H] the states kept, float32, bfloat16 or float16.
+        slots: [R] int64, each row's state.
+        token_ids: [R, K] int64, all within the vocabulary.
+        head: the checkpoint's lookahead head.
+        lenvm: gamma and bins.
+        value: whether z is wanted; it is zeros otherwise.
+
+    Returns:
+        Scores: z [R, K] and log q [R, K, B], float32.
+    """
+    halves = (torch.bfloat16, torch.float16)
+    covered = head.embedding is not None and head.bins <= MAX_BINS and token_ids.numel() > 0
+    covered = covered and (head.w1.dtype == torch.float32 or (head.w1.dtype == states.dtype and states.dtype in halves))
+    differentiable = torch.is_grad_enabled() and (states.requires_grad or head.w1.requires_grad)
+    if uses_triton(states) and covered and not differentiable:
+        from lenvm_kernels.fused import lookahead as fused
+
+        return fused.lookahead_scores(states, slots, token_ids, head, lenvm, value)
+    return reference.lookahead_scores(states, slots, token_ids, head, lenvm, value)
 
 
 def tilt_sample(

@@ -11,7 +11,9 @@ from lenvm import candidates as core
 from lenvm.candidates import Candidates, SamplingRows
 from lenvm.format import LenvmConfig
 from lenvm.guidance import Control, GuidanceRows, Scores, guide_rows, predicted_lengths, strict_bounds
+from lenvm.heads import LookaheadHead
 from lenvm.lognormal import lognormal_log_q
+from lenvm.lookahead import scores_from_distribution
 from lenvm.sampler import draw
 from lenvm_kernels.results import Status, TiltSample
 
@@ -27,6 +29,14 @@ def build_candidates(
     """`lenvm.candidates.build_candidates` under the strict bounds of `guidance`."""
     ban, force = (None, None) if guidance is None else strict_bounds(guidance)
     return core.build_candidates(logits, sampling, stop_token_ids, max_candidates, ban, force, reach)
+
+
+def lookahead_scores(
+    states: Tensor, slots: Tensor, token_ids: Tensor, head: LookaheadHead, lenvm: LenvmConfig, value: bool
+) -> Scores:
+    """The head on the rows' states, and `lenvm.lookahead.scores_from_distribution` of what it says."""
+    log_q = torch.log_softmax(head(states[slots], token_ids), dim=-1)
+    return scores_from_distribution(log_q, lenvm, value)
 
 
 def tilt_sample(

@@ -20,7 +20,7 @@ from lenvm.candidates import Candidates
 from lenvm.format import LenvmConfig, read_lenvm_config
 from lenvm.guidance import Scores
 from lenvm.heads import LookaheadHead
-from lenvm.lookahead import scores_from_distribution
+from lenvm_kernels import lookahead_scores
 from lenvm_sglang.attention import SharedPrefixBackend
 from lenvm_sglang.rows import LengthRows, Place, Places, Read
 from lenvm_sglang.settings import Settings, local_directory
@@ -50,13 +50,9 @@ class LastStates:
         self.states[slots] = hidden.to(self.states.dtype)
 
     @torch.no_grad()
-    def log_q(self, slots: Tensor, token_ids: Tensor) -> Tensor:
-        """Length distributions after each of K tokens [R, K] in R rows, [R, K, B] float32."""
-        return torch.log_softmax(self.head(self.states[slots], token_ids), dim=-1)
-
     def scores(self, slots: Tensor, candidates: Candidates, value: bool) -> Scores:
         """Scores [R, K] of the states after each candidate, z only if `value`; no host synchronisation."""
-        return scores_from_distribution(self.log_q(slots, candidates.token_ids), self.lenvm, value)
+        return lookahead_scores(self.states, slots, candidates.token_ids, self.head, self.lenvm, value)
 
 
 class LookaheadWorker(ValueWorker):

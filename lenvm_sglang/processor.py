@@ -133,7 +133,8 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         candidates = build_candidates(
             place.take(logits), parameters.sampling, parameters.stop_token_ids, worker.width, None, place.reach
         )
-        after = worker.ahead.log_q(place.slots, candidates.token_ids)
+        after = worker.ahead.scores(place.slots, candidates, value=False).length_log_q
+        assert after is not None
         pmf = prompt_distribution(candidates, after, worker.lenvm.length_bins)
         return prompt_summary(pmf, QUANTILES)
 

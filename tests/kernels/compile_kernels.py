@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lenvm_kernels.fused import candidates, tilt, value_head
+from lenvm_kernels.fused import candidates, lookahead, tilt, value_head
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -41,6 +41,13 @@ def head(weights: str) -> dict[str, str]:
     return {"HIDDEN": "*bf16", "PARTIAL": "*fp32", **dict.fromkeys(("W1", "B1", "W2", "B2"), weights)}
 
 
+def ahead(weights: str) -> dict[str, str]:
+    return {"STATES": "*bf16", "SLOT": "*i64", "OUT": "*fp32", **dict.fromkeys(("W1", "B1"), weights)}
+
+
+AHEAD = {"BLOCK_M": lookahead.BLOCK_M, "BLOCK_N": lookahead.BLOCK_N, "BLOCK_H": lookahead.BLOCK_H}
+AFTER = {"TOKEN": "*i64", **dict.fromkeys(("STATE", "TABLE", "W2", "B2", "DISCOUNT", "LOG_Q", "Z"), "*fp32")}
+AFTER_SIZES = {"BLOCK_K": lookahead.BLOCK_K, "BLOCK_R": lookahead.BLOCK_R, "BLOCK_B": 32, "VALUE": True}
 TILES = {"BLOCK_M": value_head.BLOCK_M, "BLOCK_N": value_head.BLOCK_N, "BLOCK_H": value_head.BLOCK_H}
 
 
@@ -67,6 +74,18 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = [
         )
         for weights in ("*fp32", "*bf16")
     ),
+    *(
+        (
+            f"lookahead: state {weights[1:]} weights",
+            lookahead.state_kernel,
+            ahead(weights),
+            {**AHEAD, "UPCAST": weights == "*fp32"},
+            lookahead.WARPS,
+            lookahead.STAGES,
+        )
+        for weights in ("*fp32", "*bf16")
+    ),
+    ("lookahead: scores", lookahead.scores_kernel, AFTER, AFTER_SIZES, lookahead.WARPS, lookahead.STAGES),
 ]
 
 SHORT = [CASES[0], *CASES[3:]]

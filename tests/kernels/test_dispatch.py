@@ -11,9 +11,18 @@ from lenvm.bins import LengthBins
 from lenvm.candidates import Candidates, SamplingRows
 from lenvm.format import LenvmConfig
 from lenvm.guidance import Control, GuidanceRows, Scores, guide, predicted_lengths, strict_bounds
-from lenvm.heads import ValueHead
+from lenvm.heads import LookaheadHead, ValueHead
+from lenvm.lookahead import scores_from_distribution
 from lenvm.sampler import draw
-from lenvm_kernels import TiltSample, build_candidates, dispatch, tilt_sample, uses_triton, value_head
+from lenvm_kernels import (
+    TiltSample,
+    build_candidates,
+    dispatch,
+    lookahead_scores,
+    tilt_sample,
+    uses_triton,
+    value_head,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENVM = LenvmConfig(gamma=0.997, bins=LengthBins.for_max_length(4000).centres)
@@ -78,6 +87,20 @@ def test_a_whole_step_is_what_the_core_does() -> None:
     assert (sample.slot.cpu() == slot).float().mean() > 0.98  # on the CPU: all
     length = predicted_lengths(want, scores, LENVM).gather(1, slot[:, None])[:, 0]
     assert torch.allclose(sample.length.cpu(), length, rtol=1e-3) or DEVICE == "cuda"
+
+
+def test_looking_ahead_is_what_the_core_does() -> None:
+    g = torch.Generator().manual_seed(1)
+    head = LookaheadHead(HIDDEN, 48, len(LENVM.bins), tokens=VOCABULARY)
+    head.reset_parameters()
+    states, slots = torch.randn(ROWS + 5, HIDDEN, generator=g), torch.randperm(ROWS + 5, generator=g)[:ROWS]
+    tokens = torch.randint(0, VOCABULARY, (ROWS, 16), generator=g)
+    with torch.no_grad():
+        want = scores_from_distribution(head(states[slots], tokens).log_softmax(-1), LENVM)
+        here = [t.to(DEVICE) for t in (states, slots, tokens)]
+        found = lookahead_scores(*here, head.to(DEVICE), LENVM)
+    assert torch.allclose(found.z.cpu(), want.z, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found.length_log_q.cpu(), want.length_log_q, rtol=1e-4, atol=1e-4)
 
 
 def test_statistics_are_optional_on_the_reference() -> None:

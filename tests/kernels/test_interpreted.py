@@ -34,4 +34,4 @@ def test_ties_and_bad_scores() -> None:
 @pytest.mark.slow
 def test_all() -> None:
     """Against float64, properties, edges and planted bugs: one process, because each has to import Triton."""
-    run_checks(48, *(f"{CHECKS}/check_{name}.py" for name in ("tilt", "properties", "parts", "mutants")))
+    run_checks(65, *(f"{CHECKS}/check_{name}.py" for name in ("tilt", "properties", "parts", "lookahead", "mutants")))
