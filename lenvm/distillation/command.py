@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -65,11 +66,12 @@ def distill(
     from rich.console import Console
 
     from lenvm.distillation.errors import DistillationError
+    from lenvm.distillation.processes import processes
     from lenvm.distillation.run import Paths, distil
     from lenvm.distillation.training import Settings
     from lenvm.format import LenvmFormatError
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # one voice of several processes
     settings = Settings(
         state_of=state_of.value,
         rank=rank,
@@ -86,8 +88,8 @@ def distill(
         seed=seed,
     )
     try:
-        with _progress(console) as notify:
-            progress = distil(Paths(base, lenvm, samples, out, validation), settings, notify)
+        with processes() as here, _progress(console) as notify:
+            progress = distil(Paths(base, lenvm, samples, out, validation), settings, notify, here)
     except (DistillationError, LenvmFormatError) as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None

@@ -11,6 +11,7 @@ from typing import Any
 
 from lenvm.distillation.control import ControlCheck
 from lenvm.distillation.errors import DistillationError
+from lenvm.distillation.processes import Processes, usual_device
 from lenvm.distillation.states import Completion, StateReader, check_teacher, read_completions
 from lenvm.distillation.training import Distiller, Notify, Progress, Settings
 from lenvm.format import LenvmConfig, LookaheadShape
@@ -33,10 +34,11 @@ class Paths:
     validation: Path | None = None
 
 
-def distil(paths: Paths, settings: Settings, notify: Notify, device: str | None = None) -> Progress:
+def distil(paths: Paths, settings: Settings, notify: Notify, processes: Processes | None = None) -> Progress:
     """Distil a lookahead head and write it to `paths.out`: an attached checkpoint, or the LenVM with one more head.
 
-    The directory holds the best head so far at any time; `paths.out`/distill is what an interrupted run goes on from.
+    Every process of a launcher calls it; the first one writes. The directory holds the best head so far at any time;
+    `paths.out`/distill is what an interrupted run goes on from.
 
     Raises:
         DistillationError, LenvmFormatError: something does not fit; the message says what.
@@ -61,12 +63,15 @@ def distil(paths: Paths, settings: Settings, notify: Notify, device: str | None 
                 f"{min(common)!r}; hold out prompts that are not learnt from (`lenvm split`)."
             )
     held_out = _spread(held_out, MOST_HELD_OUT)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processes = processes or Processes(device=usual_device())
+    place = processes.device
     teacher = LengthValueModel.from_pretrained(paths.lenvm, dtype="auto", attn_implementation="sdpa").to(place).eval()
     check_teacher(teacher, paths.lenvm)
     base = AutoModelForCausalLM.from_pretrained(paths.base, dtype="auto").to(place).eval()
     stops = stop_tokens(base, AutoTokenizer.from_pretrained(paths.base))
-    reader = StateReader(base, teacher, sampled, stops, settings.candidates, settings.states, settings.state_of)
+    reader = StateReader(
+        base, teacher, sampled, stops, settings.candidates, settings.states, settings.state_of, processes
+    )
     owner = base if settings.state_of == "base" else teacher
     source = owner.get_input_embeddings().weight.detach()
     hidden_size = owner.config.get_text_config().hidden_size
@@ -92,7 +97,7 @@ def distil(paths: Paths, settings: Settings, notify: Notify, device: str | None 
             _save_beside(paths, block, teacher, head)
 
     check = None
-    if settings.control_every:
+    if settings.control_every and processes.first:
         ended = [c for c in held_out if c.completion[-1] in stops]  # a cut completion has no length to ask for
         projected = None if settings.embedding == "table" else source
         check = ControlCheck(reader, _spread(ended, settings.control_answers), block, projected) if ended else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lenvm.candidates import Candidates, SamplingRows, build_candidates
 from lenvm.distillation.errors import DistillationError
+from lenvm.distillation.processes import Processes
 
 TOKENS_A_BATCH = 4096
 LOGIT_BYTES = 256 * 2**20
@@ -128,6 +129,10 @@ class States:
         return States(**{name: torch.cat([getattr(p, name) for p in parts]) for name in vars(parts[0])})
 
 
+STATES_DTYPES = (torch.float32, torch.int64, torch.float32, torch.float32)
+"""Of the tensors of `States`, in their order."""
+
+
 class StateReader:
     """Turns completions into states.
 
@@ -139,10 +144,12 @@ class StateReader:
         candidates: K, most candidates of a state.
         states: most states of a completion; the prompt's is always among them.
         state_of: whose hidden state the student reads.
+        processes: who reads along; each takes some of the batches, and all get all states.
     """
 
     def __init__(self, base: Any, teacher: Any, sampled: SampledWith, stop_token_ids: Sequence[int], candidates: int,
-                 states: int, state_of: StateOf) -> None:  # fmt: skip
+                 states: int, state_of: StateOf, processes: Processes | None = None) -> None:  # fmt: skip
+        self.processes = processes or Processes()
         self.base, self.teacher, self.sampled = base, teacher, sampled
         self.device = next(base.parameters()).device
         self.stops = torch.tensor([list(stop_token_ids)], dtype=torch.int64, device=self.device)
@@ -154,11 +161,17 @@ class StateReader:
     def read(self, completions: Sequence[Completion], generator: torch.Generator) -> States:
         """States of these completions, in an order that depends on them and the generator only."""
         chosen = [self._choose(len(c.completion), generator) for c in completions]
-        parts = [
-            self._read([completions[i] for i in batch], [chosen[i] for i in batch])
-            for batch in self._batches([len(c.prompt) + len(c.completion) for c in completions])
-        ]
-        return States.cat(parts)
+        batches = list(self._batches([len(c.prompt) + len(c.completion) for c in completions]))
+        own = {
+            number: self._read([completions[i] for i in batch], [chosen[i] for i in batch])
+            for number, batch in self.processes.share(batches).items()
+        }
+        return States.cat([self._spread(own.get(number), number) for number in range(len(batches))])
+
+    def _spread(self, states: States | None, number: int) -> States:
+        """A batch's states, from the process that read it."""
+        tensors = None if states is None else [getattr(states, f.name) for f in fields(States)]
+        return States(*self.processes.spread(tensors, number, STATES_DTYPES))
 
     def _choose(self, length: int, generator: torch.Generator) -> list[int]:
         """t = 0 and others of 0..length-1, ascending."""

@@ -120,18 +120,23 @@ class Distiller:
 
         Args:
             save_best: writes the head as it is; called whenever the held-out KL is the best so far.
-            notify: progress.
+            notify: progress. Both are called in the first process only, which fits the head; others read along.
 
         Raises:
             DistillationError: the folder holds a run with other parameters, or the loss is no number any more.
         """
-        s = self.settings
-        self._take_up()
+        s, processes = self.settings, self.reader.processes
+        if processes.first:
+            self._take_up()
         unseen = self.reader.read(self.held_out, _generator(s.seed, 0, 1))
-        notify(self.progress, self.total)
-        while self.progress.rounds < self.total and self._waited() < s.patience:
-            number = self.progress.rounds + 1
-            train_kl = self._round(number)
+        if processes.first:
+            notify(self.progress, self.total)
+        while number := processes.agree(self._next()):
+            generator = _generator(s.seed, number, 0)
+            states = self.reader.read([self.completions[i] for i in self._members(number)], generator)
+            if not processes.first:
+                continue
+            train_kl = self._fit(states, number, generator)
             kl = held_out_kl(self.head, unseen, self.source)
             if not math.isfinite(kl):
                 raise DistillationError(f"the held-out KL is {kl} after round {number}; lower --lr and begin again.")
@@ -149,15 +154,18 @@ class Distiller:
             notify(self.progress, self.total)
         return self.progress
 
+    def _next(self) -> int:
+        """Number of the next round, 0 if there is none."""
+        going = self.progress.rounds < self.total and self._waited() < self.settings.patience
+        return self.progress.rounds + 1 if going else 0
+
     def _waited(self) -> int:
         """Rounds in which neither the KL nor control got better: one may stand still while the other goes on."""
         return self.progress.rounds - max(self.progress.best_round, self.progress.best_score_round)
 
-    def _round(self, number: int) -> float:
-        """Read a round's completions and fit; mean KL of its last pass."""
+    def _fit(self, states: States, number: int, generator: torch.Generator) -> float:
+        """Fit the head to a round's states; mean KL of the last pass."""
         s = self.settings
-        generator = _generator(s.seed, number, 0)
-        states = self.reader.read([self.completions[i] for i in self._members(number)], generator)
         kl_sum = weight_sum = 0.0
         order = [torch.randperm(len(states), generator=generator) for _ in range(s.passes)]
         batches = [index for one in order for index in one.split(s.batch)]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +209,29 @@ def test_command(world: Path, tmp_path: Path) -> None:
     ):
         done = CliRunner().invoke(main, [str(w) for w in [*words, *changes]])
         assert done.exit_code == 1 and says in done.output.replace("\n", " "), done.output
+
+
+def test_two_processes_distil_what_one_does(world: Path, tmp_path: Path) -> None:
+    """Under torchrun, with batches so small that both have some to read."""
+    small = "import lenvm.distillation.states as states; states.TOKENS_A_BATCH = 64\n"
+    script = tmp_path / "distill.py"
+    script.write_text(f"{small}from lenvm.cli import main\nmain()\n")
+    words = ["distill", "--base", str(world / "base"), "--lenvm", str(world / "lenvm"), "--samples",
+             str(world / "train.jsonl"), "--validation", str(world / "val.jsonl"), "--rank", "8", "--candidates", "5",
+             "--round-size", "16", "--passes", "1", "--control-every", "2"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+    def run(name: str, count: int, epochs: str) -> tuple[dict[str, torch.Tensor], str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+        command = [sys.executable, *launcher, str(script), *words, "--out", str(tmp_path / name), "--epochs", epochs]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said = [line for line in done.stderr.splitlines() if "round" in line and "held out" in line]
+        (kept,) = (tmp_path / name / "distill").glob("round-*.safetensors")
+        return load_file(kept), "\n".join(said)
+
+    one, said = run("one", 1, "1")
+    two, said_by_two = run("two", 2, "1")
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert said == said_by_two, "one voice, the same figures"
+    assert said.count("Length Score") >= 1
