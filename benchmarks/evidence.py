@@ -74,9 +74,12 @@ def of_gsm8k(run: Path, options: argparse.Namespace) -> Iterator[Part]:
     yield Part("gsm8k_tradeoff", "GSM8K: accuracy against length", words)
     words = ("tradeoff", "--data", str(data / "math500.jsonl"), *curves)
     yield Part("math500_tradeoff", "MATH-500: accuracy against length", words)
-    words = ("lifebench", "--data", str(data / "lifebench_no_summary.jsonl"), "--base", base, "--targets", targets)
-    words += ("--limit", items, "--max-prompt-tokens", "800", "--sharpness", "1,2,4")
+    asked = ("lifebench", "--data", str(data / "lifebench_no_summary.jsonl"), "--base", base)
+    asked += ("--max-prompt-tokens", "800")
+    words = (*asked, "--targets", targets, "--limit", items, "--sharpness", "1,2,4")
     yield Part("lifebench", "LIFEBench", words)
+    words = (*asked, "--targets", "16" if options.small else "32,128,256", "--limit", "4" if options.small else "60")
+    yield Part("lifebench_targets", "LIFEBench: other targets, some of the items", (*words, "--sharpness", "2"))
 
 
 def lenvm(*words: str) -> None:
