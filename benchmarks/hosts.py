@@ -4,6 +4,7 @@ compared token by token with transformers.
 
     benchmarks/hosts.py                     all settings
     benchmarks/hosts.py tp2 page16          some
+    benchmarks/hosts.py tp2 --head attached the same with a lookahead head, attached to the base or on the LenVM
 
 One Markdown row a setting: whether it started, how many answers were equal, how many of them guidance had changed. Tiny
 models on the CPU. Settings that are refused at start say so in their row.
@@ -25,8 +26,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tests.sglang.adapters import make_adapter
 from tests.sglang.conftest import Server, start
-from tests.sglang.models import FAMILIES, make_pair, prompts
-from tests.sglang.reference import Reference
+from tests.sglang.models import FAMILIES, make_attached, make_lookahead, make_pair, prompts
+from tests.sglang.reference import LookaheadReference, Reference
 from tests.sglang.test_serving import FIELDS, LIMIT
 
 
@@ -70,16 +71,16 @@ def ask(server: Server, asked: list[Any], **body: Any) -> list[dict[str, Any]]:
         return list(pool.map(one, asked))
 
 
-def row(name: str, setting: Setting, home: Path, pairs: Callable[[int], tuple[Path, Reference]]) -> str:
+def row(name: str, setting: Setting, home: Path, pairs: Callable[[int], tuple[Path, Path, Reference]]) -> str:
     """Run one setting."""
-    pair, reference = pairs(setting.heads)
+    pair, lenvm, reference = pairs(setting.heads)
     flags, body = setting.flags, {}
     if setting.adapter:
         folder = make_adapter(pair / "base", home / name)
         flags, body = (*flags, "--lora-paths", f"ours={folder / 'adapter'}"), {"lora_path": "ours"}
         reference = Reference(pair, base=folder / "merged")
     began = time.perf_counter()
-    server = start(home / f"{name}.log", pair / "base", "--lenvm-model", str(pair / "lenvm"), *flags,
+    server = start(home / f"{name}.log", pair / "base", "--lenvm-model", str(lenvm), *flags,
                    plugins=("unpinned",) if setting.adapter else (), **dict(setting.environment))  # fmt: skip
     try:
         server.wait()
@@ -103,15 +104,22 @@ def row(name: str, setting: Setting, home: Path, pairs: Callable[[int], tuple[Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", choices=[*SETTINGS, []], help="default: all")
-    names = parser.parse_args().settings or list(SETTINGS)
+    parser.add_argument("--head", choices=("attached", "lookahead"), help="default: a full LenVM")
+    options = parser.parse_args()
+    names = options.settings or [n for n, s in SETTINGS.items() if not options.head or (s.heads == 2 and not s.adapter)]
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        made: dict[int, tuple[Path, Reference]] = {}
+        made: dict[int, tuple[Path, Path, Reference]] = {}
 
-        def pairs(heads: int) -> tuple[Path, Reference]:
+        def pairs(heads: int) -> tuple[Path, Path, Reference]:
             if heads not in made:
                 pair = make_pair(home / f"pair{heads}", FAMILIES["qwen2"], FAMILIES["qwen2"], heads=heads)
-                made[heads] = pair, Reference(pair)
+                lenvm = pair / "lenvm"
+                if options.head == "attached":
+                    lenvm = make_attached(home / "head", pair / "base")
+                elif options.head == "lookahead":
+                    lenvm = make_lookahead(home / "head", lenvm)
+                made[heads] = pair, lenvm, LookaheadReference(pair, lenvm) if options.head else Reference(pair)
             return made[heads]
 
         print("| setting | started | equal | steered | |\n|---|---|---|---|---|", flush=True)

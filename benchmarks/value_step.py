@@ -35,8 +35,8 @@ from benchmarks.inprocess import InProcess, quiet
 from benchmarks.pairs import make_pair
 
 FIELDS = {"posterior": {"length_target": 4096}, "bias": {"length_bias": -2.0}, "values": {"return_length_values": True}}
-KERNELS = {"build_candidates": 3, "value_head": 2, "tilt_sample": 1}
-"""Launches of each: top-k and two kernels; a kernel and the sum of its parts; a kernel."""
+KERNELS = {"build_candidates": 3, "value_head": 2, "lookahead_scores": 2, "tilt_sample": 1}
+"""Launches of each: top-k and two kernels; a kernel and the sum of its parts; two kernels; a kernel."""
 PICKS = {"index", "index_select", "gather", "embedding"}
 PUTS = {"index_put_", "_index_put_impl_", "index_copy_", "scatter_"}
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
@@ -120,19 +120,24 @@ def moved(name: str, args: Any, kwargs: Any, out: Any) -> int:
 @contextmanager
 def recording(engine: InProcess) -> Iterator[Recorder]:
     """Take hold of the plug-in's and the kernels' functions."""
-    from lenvm_sglang import model, processor
+    from lenvm_sglang import lookahead, model, processor
 
     recorder = Recorder()
     worker, steering = engine.worker, engine.processor
     with ExitStack() as stack:
         for name in ("follow", "steer", "watch"):
             stack.enter_context(engine.replaced(steering, name, recorder.wrapped(getattr(steering, name), "ours")))
-        stack.enter_context(
-            engine.replaced(worker, "_forward", recorder.wrapped(worker._forward, "value", "forwards", True))
-        )
-        scores = recorder.wrapped(worker.runner.model.scores, "heads")
-        stack.enter_context(engine.replaced(worker.runner.model, "scores", scores))
-        for module, name in ((processor, "build_candidates"), (processor, "tilt_sample"), (model, "value_head")):
+        if not worker.reads_base:  # an attached head has no model of its own
+            forward = recorder.wrapped(worker._forward, "value", "forwards", True)
+            stack.enter_context(engine.replaced(worker, "_forward", forward))
+            scores = recorder.wrapped(worker.runner.model.scores, "heads")
+            stack.enter_context(engine.replaced(worker.runner.model, "scores", scores))
+        for module, name in (
+            (processor, "build_candidates"),
+            (processor, "tilt_sample"),
+            (model, "value_head"),
+            (lookahead, "lookahead_scores"),
+        ):
             kernel = recorder.wrapped(getattr(module, name), "kernels", name)
             stack.enter_context(mock.patch.object(module, name, kernel))
         for name in METHODS:
@@ -218,7 +223,7 @@ def report(table: Table, engine: InProcess, provider: str, kind: str, rows: int,
     print(f"{provider}, {sizes}: " + ", ".join(f"{name} {figure:.6g}" for name, figure in found.items()))
     for where, times in Counter(recorder.waits).most_common(8):
         print(f"    waits at {where}, {times / steps:g} a step")
-    if kind != "values":
+    if kind != "values" and found["value tokens per row"] > 1:
         table.add("value forwards", "two forwards", sizes, [2])
         table.add("value tokens per row", "two forwards", sizes, [found["value tokens per row"] + 1])
         tokens = found["value tokens per row"]
@@ -231,6 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dry", action="store_true", help="one small size")
     parser.add_argument("--base", default="tiny", help="shape of the base model (benchmarks/pairs.py)")
     parser.add_argument("--value", default="tiny", help="shape of the value model")
+    parser.add_argument("--pair", type=Path, nargs=2, metavar=("BASE", "LENVM"), help="directories, not made-up models")
     parser.add_argument("--candidates", type=int, default=16, help="K")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/value_step.csv"), help="CSV file to write")
     options = parser.parse_args(arguments)
@@ -239,16 +245,21 @@ def main(arguments: list[str] | None = None) -> None:
     rows, contexts = ((2,), (20,)) if options.dry else ((1, 8, 32), (128, 1024))
     with tempfile.TemporaryDirectory() as folder, Table(options.out) as table:
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        pair = make_pair(Path(folder), options.base, options.value, max(contexts) + 64, dtype, 512)
-        flags = ["--load-format", "dummy", "--lenvm-max-candidates", str(options.candidates)]
+        flags = ["--lenvm-max-candidates", str(options.candidates)]
+        if options.pair:
+            pair = tuple(options.pair)
+            rows, contexts = (8,), (128,)
+        else:
+            pair = make_pair(Path(folder), options.base, options.value, max(contexts) + 64, dtype, 512)
+            flags += ["--load-format", "dummy"]
         if not torch.cuda.is_available():
             flags += ["--max-total-tokens", str(max(4, *rows) * (max(contexts) + 64))]
         engine = InProcess(*pair, flags, most=max(4, *rows))
         for batch in rows:
             for context in contexts:
-                for kind in ("posterior",) if options.dry else FIELDS:
+                for kind in ("posterior",) if options.dry or options.pair else FIELDS:
                     report(table, engine, "ours", kind, batch, context, options.candidates)
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() and not options.pair:
             said = [answers(engine, kind) for kind in FIELDS]
             engine.worker.waits_for_nobody = False
             engine.worker.use_host_attention()
