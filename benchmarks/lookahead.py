@@ -6,20 +6,29 @@ control`; then Markdown tables: Length Score, exact hits and base log-probabilit
 prompt, tokens a second guided and unguided in turn on the same server, and what it adds to the base model's memory.
 
     python benchmarks/lookahead.py runs/demo --attached runs/attached --lookahead runs/lookahead --out runs/compare
+
+`--speed-rounds N` measures the speed alone, more thoroughly: pairs of an unguided and a guided block, in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import quantiles
 
 # not this folder: its kernels.py would stand for the package of that name, which transformers looks for
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from lenvm.evaluation.client import Asker, ServerSettings, sampling_of
+from lenvm.evaluation.command_parts import max_tokens_of
+from lenvm.evaluation.data import read_natural
+from lenvm.evaluation.runner import speed_summary
 from lenvm.evaluation.schema import Estimate, Results
+from lenvm.evaluation.speed import Block, measure_speed
 from lenvm.pipeline.recipe import Server
 from lenvm.pipeline.server import SglangServer
 
@@ -62,6 +71,31 @@ def evaluate(name: str, lenvm: Path, args: argparse.Namespace) -> tuple[Results,
     return Results.model_validate_json((out / "results.json").read_text()), log.read_text(errors="replace")
 
 
+def thorough(lenvm: Path, args: argparse.Namespace) -> str:
+    """Guided over unguided tokens a second in pairs of neighbouring blocks: median, and the middle half."""
+    data = read_natural(args.run / "prepare" / "prompts_test.jsonl", args.run / "samples" / "test.jsonl")
+
+    async def blocks(url: str) -> list[Block]:
+        settings = ServerSettings(url, args.concurrency, max_tokens_of(data.sampling), sampling_of(data.sampling))
+        async with Asker(settings) as asker:
+            return await measure_speed(asker, data.prompts, args.speed_rounds, 6 * args.concurrency)
+
+    log = args.out / f"speed-{lenvm.name}.log"
+    with SglangServer(str(args.run / "base"), Server(), log, lenvm=lenvm) as server:
+        found = asyncio.run(blocks(server.url))
+    rates = [(b.guided, b.tokens / b.seconds) for b in found]
+    ratios = []
+    for pair in zip(rates[::2], rates[1::2], strict=True):
+        by_kind = dict(pair)
+        ratios.append(by_kind[True] / by_kind[False])
+    low, middle, high = quantiles(ratios, n=4)
+    summary = speed_summary(found, args.concurrency)
+    return (
+        f"|{summary.unguided:.0f}|{summary.guided:.0f}|{summary.ratio:.2f}|{middle:.2f} [{low:.2f}, {high:.2f}]"
+        f"|{len(ratios)}|"
+    )
+
+
 def shown(value: Estimate | None, digits: int = 1) -> str:
     """A figure and its interval."""
     if value is None:
@@ -89,8 +123,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--max-prompts", type=int, default=104)
+    parser.add_argument("--speed-rounds", type=int, help="measure the speed alone, in so many pairs of blocks")
     args = parser.parse_args()
     sources = {"full": args.run / "lenvm", "lookahead": args.lookahead, "attached": args.attached}
+    if args.speed_rounds:
+        args.out.mkdir(parents=True, exist_ok=True)
+        print("|source|unguided tokens/s|guided|ratio|of neighbouring blocks [middle half]|pairs|\n|-|-|-|-|-|-|")
+        for name, path in sources.items():
+            if path is not None:
+                print(f"|{name}{thorough(path, args)}", flush=True)
+        return
     found = {name: (path, *evaluate(name, path, args)) for name, path in sources.items() if path is not None}
     print("|" + "|".join(HEADER) + "|\n" + "|-" * len(HEADER) + "|")
     for name, (_, results, _) in found.items():
