@@ -1,7 +1,7 @@
 """What guidance gains comes from what the value model knows: all of it with an oracle, nothing with noise.
 
-A world where the first token decides how long the answer will be, and nothing can be chosen afterwards: so a rule cannot
-profit from the stop token, whose length is known without any model.
+A world where the first token decides how long the answer will be, and nothing can be chosen afterwards: so a rule
+cannot profit from the stop token, whose length is known without any model.
 """
 
 from __future__ import annotations
