@@ -62,7 +62,7 @@ def distil(paths: Paths, settings: Settings, notify: Notify, processes: Processe
                 f"{paths.samples} and {paths.validation} share {len(common)} prompts, for example "
                 f"{min(common)!r}; hold out prompts that are not learnt from (`lenvm split`)."
             )
-    held_out = _spread(held_out, MOST_HELD_OUT)
+    held_out = spread(held_out, MOST_HELD_OUT)
     processes = processes or Processes(device=usual_device())
     place = processes.device
     teacher = LengthValueModel.from_pretrained(paths.lenvm, dtype="auto", attn_implementation="sdpa").to(place).eval()
@@ -100,7 +100,7 @@ def distil(paths: Paths, settings: Settings, notify: Notify, processes: Processe
     if settings.control_every and processes.first:
         ended = [c for c in held_out if c.completion[-1] in stops]  # a cut completion has no length to ask for
         projected = None if settings.embedding == "table" else source
-        check = ControlCheck(reader, _spread(ended, settings.control_answers), block, projected) if ended else None
+        check = ControlCheck(reader, spread(ended, settings.control_answers), block, projected) if ended else None
     identity = {name: str(getattr(paths, name)) for name in ("base", "lenvm", "samples", "validation")}
     identity["samples_hash"] = _hash(paths.samples)
     distiller = Distiller(
@@ -127,7 +127,7 @@ def split_by_prompt(completions: list[Completion]) -> tuple[list[Completion], li
     return [c for c in completions if c.prompt_id not in out], [c for c in completions if c.prompt_id in out]
 
 
-def _spread(completions: list[Completion], most: int) -> list[Completion]:
+def spread(completions: list[Completion], most: int) -> list[Completion]:
     """At most `most` of them, evenly over the list."""
     if len(completions) <= most:
         return completions
