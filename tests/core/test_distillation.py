@@ -211,6 +211,7 @@ def test_command(world: Path, tmp_path: Path) -> None:
         assert done.exit_code == 1 and says in done.output.replace("\n", " "), done.output
 
 
+@pytest.mark.slow
 def test_two_processes_distil_what_one_does(world: Path, tmp_path: Path) -> None:
     """Under torchrun, with batches so small that both have some to read."""
     small = "import lenvm.distillation.states as states; states.TOKENS_A_BATCH = 64\n"

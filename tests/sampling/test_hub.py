@@ -15,6 +15,7 @@ from PIL import Image
 
 from tests.sampling.hub_server import Hub, serving
 
+pytestmark = pytest.mark.slow
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
