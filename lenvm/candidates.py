@@ -32,6 +32,11 @@ class Candidates:
         """[R, K] bool: slots that hold a candidate. Not to be written to."""
         return self.log_p > -torch.inf
 
+    @cached_property
+    def empty(self) -> Tensor:
+        """[R, K] bool: slots that hold none. Not to be written to."""
+        return ~self.kept
+
 
 @dataclass(frozen=True)
 class SamplingRows:
@@ -44,6 +49,9 @@ class SamplingRows:
         top_p: float in (0, 1]; 1 switches it off.
         min_p: float in [0, 1]; 0 switches it off.
         unfiltered: the host knows that no row has a top-k, top-p or min-p; they are not looked at then.
+        no_min_p: the host knows that no row has a min-p.
+
+    The rows of a batch keep their settings from step to step, and with the object what it derives from them.
     """
 
     temperature: Tensor
@@ -51,6 +59,20 @@ class SamplingRows:
     top_p: Tensor
     min_p: Tensor
     unfiltered: bool = False
+    no_min_p: bool = False
+
+    @cached_property
+    def _within(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        return {}
+
+    def within_top_k(self, reach: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """[R, reach] bool, which of the most probable tokens top-k leaves, and [R, 1] bool, where it is off. Not to be
+        written to."""
+        key = reach, vocabulary
+        if key not in self._within:
+            rank = torch.arange(reach, device=self.top_k.device)
+            self._within[key] = rank < self.top_k[:, None], self.top_k[:, None] >= vocabulary
+        return self._within[key]
 
 
 def build_candidates(
@@ -109,18 +131,17 @@ def build_candidates(
     is_stop = (token_ids[..., None] == stop_token_ids[:, None, :]).any(-1)
     if sampling.unfiltered:  # a probability of 0 is an empty slot by itself
         return Candidates(token_ids, torch.log_softmax(sorted_p[:, :width].log(), dim=-1), is_stop)
-    rank = torch.arange(reach, device=logits.device)
-    keep = sorted_p > 0
-    keep &= rank < sampling.top_k[:, None]
-    within_k = sorted_p * keep
-    total = torch.where(sampling.top_k >= vocabulary, torch.ones_like(within_k[:, 0]), within_k.sum(-1))
+    in_top_k, no_top_k = sampling.within_top_k(reach, vocabulary)
+    within_k = sorted_p * in_top_k
+    keep = within_k > 0
+    total = within_k.sum(-1, keepdim=True).masked_fill_(no_top_k, 1.0)
     mass_before = within_k.cumsum(-1) - within_k
-    keep &= mass_before <= (sampling.top_p * total)[:, None]
-    keep &= sorted_p >= sampling.min_p[:, None] * sorted_p[:, :1]
-    keep &= rank < width
+    keep &= mass_before <= sampling.top_p[:, None] * total
+    if not sampling.no_min_p:
+        keep &= sorted_p >= sampling.min_p[:, None] * sorted_p[:, :1]
     keep[:, 0] = True  # a row always has a candidate, even if its logits hold NaN
 
-    log_p = torch.where(keep[:, :width], sorted_p[:, :width].log(), -torch.inf)
+    log_p = (sorted_p[:, :width] * keep[:, :width]).log()
     return Candidates(token_ids, torch.log_softmax(log_p, dim=-1), is_stop)
 
 

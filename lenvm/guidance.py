@@ -14,8 +14,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -164,7 +165,7 @@ def guide_rows(
         guided = rule(candidates, scores, rows, lenvm)
         alone = present is not None and len(present) == 1
         result = guided if alone else torch.where((rows.control == control)[:, None], guided, result)
-    result = result.masked_fill(~candidates.kept, -torch.inf)
+    result = result.masked_fill(candidates.empty, -torch.inf)
     total = torch.logsumexp(result, dim=-1, keepdim=True)
     valid = total.abs() < torch.inf  # nor NaN
     return Guided(torch.where(valid, result - total, log_p), ~valid[:, 0])
@@ -199,7 +200,7 @@ def posterior_weights(candidates: Candidates, scores: Scores, rows: GuidanceRows
         log_q, bins = lognormal_log_q(scores.z, lenvm)
     at_zero, per_bin = kernel_per_bin(rows, bins)
     weight = torch.bmm(log_q.exp(), per_bin[:, :, None])[..., 0]
-    return torch.where(candidates.is_stop, at_zero[:, None], weight).masked_fill(~candidates.kept, 0.0)
+    return torch.where(candidates.is_stop, at_zero[:, None], weight).masked_fill_(candidates.empty, 0.0)
 
 
 def kernel_per_bin(rows: GuidanceRows, bins: LengthBins) -> tuple[Tensor, Tensor]:
@@ -208,21 +209,21 @@ def kernel_per_bin(rows: GuidanceRows, bins: LengthBins) -> tuple[Tensor, Tensor
     Without a tolerance there are few different kernels, and a table of them is read. Only on the CPU, where asking
     whether there is a tolerance waits for nobody.
     """
-    if rows.tolerance.device.type != "cpu" or rows.tolerance.any():
+    if rows.tolerance.device.type != "cpu" or rows.tolerance.numpy().any():
         kernel = length_kernel(rows, bins)  # [R, N + 1]
         return kernel[:, 0], kernel @ bins.table("decode", kernel.device).T
-    left, past = rows.left, 3 * (bins.longest + 1)
-    index = rows.mode * (bins.longest + 1) + left.clamp(0, bins.longest)
-    index = index.masked_fill((left < 0) & (rows.mode != Mode.AT_LEAST), past)
-    found = _kernels_per_bin(bins.centres)[index]
+    # in numpy, which starts an operator on a few numbers sooner than torch
+    last = bins.longest + 1
+    left = np.clip(rows.target.numpy() - rows.emitted.numpy(), 0, last)
+    found = torch.from_numpy(_kernels_per_bin(bins.centres)[rows.mode.numpy() * (last + 1) + left])
     return found[:, 0], found[:, 1:]
 
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
-def _kernels_per_bin(centres: tuple[int, ...]) -> Tensor:
-    """[3 (N + 1) + 1, 1 + B] float32: of each mode and each m, then of equal_to and at_most past the bound, K(0) and
-    the sums over the bins."""
+def _kernels_per_bin(centres: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """[3 (N + 2), 1 + B] float32: of each mode past its bound, then for each m = 0..N, K(0) and the sums over the
+    bins."""
     decode = LengthBins.cached(centres).decode_matrix().double().T  # [N + 1, B]
     n = torch.arange(len(decode), dtype=torch.float64)
     m_is_zero = (n == 0).double()
@@ -231,9 +232,13 @@ def _kernels_per_bin(centres: tuple[int, ...]) -> Tensor:
         Mode.AT_MOST: (torch.ones_like(n), decode.cumsum(0)),
         Mode.AT_LEAST: (m_is_zero, decode.flip(0).cumsum(0).flip(0)),
     }
-    past = torch.exp(-n / OVERRUN_TOKENS)[None] @ decode
-    rows = [torch.cat([at_zero[:, None], sums], 1) for at_zero, sums in (parts[mode] for mode in Mode)]
-    return torch.cat([*rows, torch.cat([torch.ones_like(past[:, :1]), past], 1)]).float()
+    over = torch.cat([torch.ones(1), torch.exp(-n / OVERRUN_TOKENS) @ decode])[None]
+    rows = []
+    for mode in Mode:
+        at_zero, sums = parts[mode]
+        inside = torch.cat([at_zero[:, None], sums], 1)
+        rows += [inside[:1] if mode == Mode.AT_LEAST else over, inside]
+    return torch.cat(rows).float().numpy()
 
 
 def length_kernel(rows: GuidanceRows, bins: LengthBins) -> Tensor:

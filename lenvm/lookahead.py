@@ -26,10 +26,15 @@ def scores_from_distribution(log_q: Tensor, lenvm: LenvmConfig, value: bool = Tr
         value: whether z is wanted; it is zeros otherwise.
     """
     if not value:
-        return Scores(z=log_q.new_zeros(log_q.shape[:-1], dtype=torch.float32), length_log_q=log_q)
+        return Scores(z=_zero(log_q.device).expand(log_q.shape[:-1]), length_log_q=log_q)
     per_bin = log_discounts(lenvm.length_bins.centres, lenvm.gamma, log_q.device)
     log_discount = torch.logsumexp(log_q.float() + per_bin, dim=-1)  # ln E[gamma^n] <= ln gamma < 0
     return Scores(z=torch.log(-torch.expm1(log_discount)) - log_discount, length_log_q=log_q)
+
+
+@lru_cache(maxsize=8)
+def _zero(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=8)

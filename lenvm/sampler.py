@@ -72,7 +72,6 @@ def draw(log_p: Tensor, token_ids: Tensor, seed: Tensor, position: Tensor, greed
         [R] int64 slots. Ties go to the lower token id.
     """
     noise = keyed_gumbel(seed[:, None], position[:, None], token_ids)
-    score = torch.where(greedy[:, None], log_p.double(), log_p.double() + noise)
-    best = score == score.amax(-1, keepdim=True)
+    score = noise.masked_fill_(greedy[:, None], 0.0).add_(log_p)
     last = torch.iinfo(torch.int64).max
-    return token_ids.masked_fill(~best, last).argmin(-1)
+    return token_ids.masked_fill(score < score.amax(-1, keepdim=True), last).argmin(-1)

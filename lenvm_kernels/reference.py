@@ -53,10 +53,11 @@ def tilt_sample(
     """`guide`, `draw` and `predicted_lengths`, and the statistics of the result."""
     log_p, fell_back = guide_rows(candidates, scores, guidance, lenvm, present)
     slot = draw(log_p, candidates.token_ids, seed, guidance.emitted, greedy)
-    row = torch.arange(len(slot), device=slot.device)
 
     def chosen(values: Tensor) -> Tensor:
-        return values[row, slot]
+        """Of the slot drawn: from [R, K] or [R, K, B]."""
+        index = slot.view(-1, *[1] * (values.dim() - 1)).expand(-1, 1, *values.shape[2:])
+        return values.gather(1, index)[:, 0]
 
     out = TiltSample(log_p, slot, chosen(candidates.token_ids))
     if lengths:

@@ -84,7 +84,7 @@ class LookaheadWorker(ValueWorker):
         """Read what the base model read, and keep each row's last state."""
         assert self.ahead is not None
         if batch.forward_mode.is_decode():
-            place = self.places.find(batch, rows)
+            place = self.places.step(batch, rows)
             self.ahead.keep(place.slots, self._read_token(batch, rows, place))
             return None
         read = super().follow(batch, rows, output)
@@ -181,20 +181,20 @@ class AttachedWorker:
         Returns:
             Of a prefill, which rows were read (without their states); None for a decode step.
         """
-        index = to_device(rows.index, torch.int64, batch.seq_lens.device)
-        slots = batch.req_pool_indices[index].long()
-        decode = batch.forward_mode.is_decode()
-        where = index
-        if not decode:
-            self.places.write(slots, rows.states)
-            if batch.capture_hidden_mode.is_full():  # of every token, where the operator asked for that
-                ends = list(accumulate(batch.extend_seq_lens_cpu))
-                where = to_device([ends[i] - 1 for i in rows.index], torch.int64, index.device)
         if output.hidden_states is None:
             raise RuntimeError("lenvm: the host kept no hidden states, so an attached head has nothing to read.")
-        self.ahead.keep(slots, output.hidden_states[where])
-        if decode:
+        if batch.forward_mode.is_decode():
+            place = self.places.step(batch, rows)
+            self.ahead.keep(place.slots, place.take(output.hidden_states))
             return None
+        index = to_device(rows.index, torch.int64, batch.seq_lens.device)
+        slots = batch.req_pool_indices[index].long()
+        self.places.write(slots, rows.states)
+        where = index
+        if batch.capture_hidden_mode.is_full():  # of every token, where the operator asked for that
+            ends = list(accumulate(batch.extend_seq_lens_cpu))
+            where = to_device([ends[i] - 1 for i in rows.index], torch.int64, index.device)
+        self.ahead.keep(slots, output.hidden_states[where])
         lengths = [batch.extend_seq_lens_cpu[i] for i in rows.index]
         return Read(self.ahead.states[:0], [batch.extend_prefix_lens_cpu[i] for i in rows.index], lengths)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from torch import Tensor
@@ -286,8 +287,8 @@ def prompt_lengths(scores: Scores, lenvm: LenvmConfig) -> Tensor:
 
 def used_slots(candidates: Candidates) -> int:
     """How many of the first slots hold every candidate; at least one, also where logits were NaN and none is left."""
-    used = candidates.kept.any(0).nonzero()
-    return int(used.max()) + 1 if len(used) else 1
+    used = np.flatnonzero(candidates.kept.numpy().any(0))
+    return int(used[-1]) + 1 if len(used) else 1
 
 
 def narrow(candidates: Candidates, width: int) -> Candidates:

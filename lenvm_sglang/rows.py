@@ -86,7 +86,8 @@ class Place:
         self.slots = batch.req_pool_indices[self.index].long()
         self.scratch = scratch[self.slots]
         filtered = any(s.top_k < vocabulary or s.top_p < 1 or s.min_p > 0 for s in rows.states)
-        self.parameters = table.parameters(self.slots, unfiltered=not filtered)
+        no_min_p = not any(s.min_p > 0 for s in rows.states)
+        self.parameters = table.parameters(self.slots, not filtered, no_min_p)
         self.present = frozenset(s.request.control_code for s in rows.states)
         self.strict = any(s.request.strict for s in rows.states)
         # the states are on the host: with no top-k on, ordering K tokens is enough
@@ -129,6 +130,13 @@ class Places:
                 self._known.pop(next(iter(self._known)))
             self._known[key] = place
         return place
+
+    def step(self, batch: Any, rows: LengthRows) -> Place:
+        """Where the rows of a decode step stand, the parameters of those whose target begins to count written anew."""
+        if rows.moved:
+            moved = to_device([rows.index[i] for i in rows.moved], torch.int64, batch.seq_lens.device)
+            self.write(batch.req_pool_indices[moved].long(), [rows.states[i] for i in rows.moved])
+        return self.find(batch, rows)
 
     def write(self, slots: Tensor, states: Sequence[RequestState]) -> None:
         """New requests in the rows `slots` [R] int64: their parameters, and nothing known of where they stand."""

@@ -202,11 +202,7 @@ class ValueWorker:
             What a prefill read; None for a decode step.
         """
         if batch.forward_mode.is_decode():
-            if rows.moved:
-                moved = [rows.index[i] for i in rows.moved]
-                where = batch.req_pool_indices[to_device(moved, torch.int64, batch.seq_lens.device)].long()
-                self.places.write(where, [rows.states[i] for i in rows.moved])
-            place = self.places.find(batch, rows)
+            place = self.places.step(batch, rows)
             self._keep(self.chosen[place.slots], place.take(batch.out_cache_loc).long())
             return None
         index = to_device(rows.index, torch.int64, batch.seq_lens.device)

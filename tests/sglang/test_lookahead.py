@@ -21,8 +21,18 @@ from lenvm_sglang.settings import (
     refuse_adapters,
 )
 from tests.sglang.conftest import Server, start
-from tests.sglang.models import FAMILIES, make_attached, make_lookahead, make_pair, prompts, tokenizer
+from tests.sglang.models import (
+    FAMILIES,
+    THINK,
+    THINK_END,
+    make_attached,
+    make_lookahead,
+    make_pair,
+    prompts,
+    tokenizer,
+)
 from tests.sglang.reference import LookaheadReference
+from tests.sglang.test_contracts import SCOPES
 from tests.sglang.test_serving import FIELDS, LIMIT, together
 
 KINDS = ("attached", "lookahead")
@@ -46,7 +56,7 @@ def servers(
     logs = tmp_path_factory.mktemp("logs")
     started = {
         kind: start(logs / kind, pair / "base", "--lenvm-model", str(head), "--chunked-prefill-size", "16",
-                    plugins=("forked",), SGLANG_TEST_RETRACT="1")
+                    "--reasoning-parser", "qwen3", plugins=("forked",), SGLANG_TEST_RETRACT="1")
         for kind, (pair, head) in heads.items()
     }  # fmt: skip
     try:
@@ -70,6 +80,24 @@ def test_guided_greedy_equals_transformers(kind: str, servers: dict[str, Server]
         steered += expected != reference.greedy(prompt, LIMIT, None)
     assert steered >= 8, "guidance hardly changed anything, so the comparison proves little"
     assert sum(a["meta_info"]["num_retractions"] for a in answers) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_target_may_count_the_thinking_or_the_answer(kind: str, servers: dict[str, Server], heads: Any) -> None:
+    """Token by token: where the target of a running request begins to count, its parameters change."""
+    server, reference = servers[kind].wait(), LookaheadReference(*heads[kind])
+
+    def favour(logits: torch.Tensor, out: list[int]) -> None:
+        logits[THINK_END] += 4.0
+
+    asked = [([*p, THINK], f) for p, f in zip(prompts(len(SCOPES), seed=57), SCOPES, strict=True)]
+    answers = together(server, asked, logit_bias={str(THINK_END): 4.0})
+    ended = 0
+    for (prompt, fields), answer in zip(asked, answers, strict=True):
+        assert answer["output_ids"] == reference.greedy(prompt, LIMIT, fields, favour), f"{fields}"
+        ended += THINK_END in answer["output_ids"][:-4]
+    assert ended >= 4, "hardly any thinking ended, so the comparison proves little"
 
 
 @pytest.mark.slow

@@ -36,11 +36,11 @@ FIELDS: tuple[dict[str, Any] | None, ...] = (
 
 
 def together(
-    server: Server, asked: list[tuple[list[int], dict[str, Any] | None]], limit: int = LIMIT
+    server: Server, asked: list[tuple[list[int], dict[str, Any] | None]], limit: int = LIMIT, **sampling: Any
 ) -> list[dict[str, Any]]:
     """All requests at once, so that they share batches."""
     with ThreadPoolExecutor(len(asked)) as pool:
-        return list(pool.map(lambda a: server.generate(a[0], limit, a[1]), asked))
+        return list(pool.map(lambda a: server.generate(a[0], limit, a[1], **sampling), asked))
 
 
 @pytest.mark.floor
