@@ -134,13 +134,10 @@ def build_candidates(
     in_top_k, no_top_k = sampling.within_top_k(reach, vocabulary)
     within_k = sorted_p * in_top_k
     keep = within_k > 0
-    total = within_k.sum(-1, keepdim=True).masked_fill_(no_top_k, 1.0)
-    mass_before = within_k.cumsum(-1) - within_k
-    keep &= mass_before <= sampling.top_p[:, None] * total
+    mass = within_k.cumsum(-1)
+    keep &= mass - within_k <= sampling.top_p[:, None] * mass[:, -1:].masked_fill(no_top_k, 1.0)
     if not sampling.no_min_p:
         keep &= sorted_p >= sampling.min_p[:, None] * sorted_p[:, :1]
-    keep[:, 0] = True  # a row always has a candidate, even if its logits hold NaN
-
     log_p = (sorted_p[:, :width] * keep[:, :width]).log()
     return Candidates(token_ids, torch.log_softmax(log_p, dim=-1), is_stop)
 

@@ -166,9 +166,9 @@ def guide_rows(
         alone = present is not None and len(present) == 1
         result = guided if alone else torch.where((rows.control == control)[:, None], guided, result)
     result = result.masked_fill(candidates.empty, -torch.inf)
-    total = torch.logsumexp(result, dim=-1, keepdim=True)
-    valid = total.abs() < torch.inf  # nor NaN
-    return Guided(torch.where(valid, result - total, log_p), ~valid[:, 0])
+    guided = torch.log_softmax(result, dim=-1)
+    fell_back = guided[:, 0].isnan()  # as is the whole row then
+    return Guided(torch.where(fell_back[:, None], log_p, guided), fell_back)
 
 
 def predicted_lengths(candidates: Candidates, scores: Scores, lenvm: LenvmConfig) -> Tensor:
@@ -187,9 +187,9 @@ def posterior(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm:
     The base model conditioned on the length. If every weight of a row vanishes, the row is NaN and `guide` keeps p.
     """
     weight = posterior_weights(candidates, scores, rows, lenvm)
-    alive = weight.amax(-1, keepdim=True) > FLOOR
+    vanished = weight.amax(-1, keepdim=True) <= FLOOR
     tilted = candidates.log_p + rows.sharpness[:, None] * (weight + FLOOR).log()
-    return torch.where(alive, tilted, torch.nan)
+    return tilted.masked_fill_(vanished, torch.nan)
 
 
 def posterior_weights(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm: LenvmConfig) -> Tensor:

@@ -293,6 +293,8 @@ def used_slots(candidates: Candidates) -> int:
 
 def narrow(candidates: Candidates, width: int) -> Candidates:
     """The first `width` slots of every row."""
+    if width == candidates.log_p.shape[1]:
+        return candidates
     return Candidates(candidates.token_ids[:, :width], candidates.log_p[:, :width], candidates.is_stop[:, :width])
 
 
