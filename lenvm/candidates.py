@@ -50,6 +50,7 @@ class SamplingRows:
         min_p: float in [0, 1]; 0 switches it off.
         unfiltered: the host knows that no row has a top-k, top-p or min-p; they are not looked at then.
         no_min_p: the host knows that no row has a min-p.
+        no_temperature: the host knows that every row's temperature is 1.
 
     The rows of a batch keep their settings from step to step, and with the object what it derives from them.
     """
@@ -60,6 +61,7 @@ class SamplingRows:
     min_p: Tensor
     unfiltered: bool = False
     no_min_p: bool = False
+    no_temperature: bool = False
 
     @cached_property
     def _within(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
@@ -107,7 +109,7 @@ def build_candidates(
     """
     vocabulary = logits.shape[-1]
     width = min(max_candidates, vocabulary)
-    scaled = logits.float() / sampling.temperature[:, None]
+    scaled = logits.float() if sampling.no_temperature else logits.float() / sampling.temperature[:, None]
     if ban_stop is not None or force_stop is not None:
         is_stop_token = _stop_mask(stop_token_ids, vocabulary)
         allowed = scaled > -torch.inf
@@ -129,16 +131,15 @@ def build_candidates(
     order = order.gather(-1, by_p)
     token_ids = order[:, :width]
     is_stop = (token_ids[..., None] == stop_token_ids[:, None, :]).any(-1)
-    if sampling.unfiltered:  # a probability of 0 is an empty slot by itself
+    if sampling.unfiltered:
         return Candidates(token_ids, torch.log_softmax(sorted_p[:, :width].log(), dim=-1), is_stop)
     in_top_k, no_top_k = sampling.within_top_k(reach, vocabulary)
     within_k = sorted_p * in_top_k
-    keep = within_k > 0
     mass = within_k.cumsum(-1)
-    keep &= mass - within_k <= sampling.top_p[:, None] * mass[:, -1:].masked_fill(no_top_k, 1.0)
+    keep = mass - within_k <= sampling.top_p[:, None] * mass[:, -1:].masked_fill(no_top_k, 1.0)
     if not sampling.no_min_p:
         keep &= sorted_p >= sampling.min_p[:, None] * sorted_p[:, :1]
-    log_p = (sorted_p[:, :width] * keep[:, :width]).log()
+    log_p = (within_k[:, :width] * keep[:, :width]).log()  # a probability of 0 is an empty slot by itself
     return Candidates(token_ids, torch.log_softmax(log_p, dim=-1), is_stop)
 
 

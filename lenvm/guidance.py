@@ -188,7 +188,7 @@ def posterior(candidates: Candidates, scores: Scores, rows: GuidanceRows, lenvm:
     """
     weight = posterior_weights(candidates, scores, rows, lenvm)
     vanished = weight.amax(-1, keepdim=True) <= FLOOR
-    tilted = candidates.log_p + rows.sharpness[:, None] * (weight + FLOOR).log()
+    tilted = torch.addcmul(candidates.log_p, rows.sharpness[:, None], (weight + FLOOR).log())
     return tilted.masked_fill_(vanished, torch.nan)
 
 

@@ -287,7 +287,7 @@ def prompt_lengths(scores: Scores, lenvm: LenvmConfig) -> Tensor:
 
 def used_slots(candidates: Candidates) -> int:
     """How many of the first slots hold every candidate; at least one, also where logits were NaN and none is left."""
-    used = np.flatnonzero(candidates.kept.numpy().any(0))
+    used = np.flatnonzero((candidates.log_p.numpy() > -np.inf).any(0))
     return int(used[-1]) + 1 if len(used) else 1
 
 

@@ -86,8 +86,12 @@ class Place:
         self.slots = batch.req_pool_indices[self.index].long()
         self.scratch = scratch[self.slots]
         filtered = any(s.top_k < vocabulary or s.top_p < 1 or s.min_p > 0 for s in rows.states)
-        no_min_p = not any(s.min_p > 0 for s in rows.states)
-        self.parameters = table.parameters(self.slots, not filtered, no_min_p)
+        self.parameters = table.parameters(
+            self.slots,
+            unfiltered=not filtered,
+            no_min_p=not any(s.min_p > 0 for s in rows.states),
+            no_temperature=all(s.temperature == 1 for s in rows.states),
+        )
         self.present = frozenset(s.request.control_code for s in rows.states)
         self.strict = any(s.request.strict for s in rows.states)
         # the states are on the host: with no top-k on, ordering K tokens is enough

@@ -163,13 +163,12 @@ class RowTable:
         self.floats[slots] = to_device(floats, torch.float32, self.device)
         self.stops[slots] = to_device(stops, torch.int64, self.device)
 
-    def parameters(self, slots: Tensor, unfiltered: bool = False, no_min_p: bool = False) -> RowParameters:
+    def parameters(self, slots: Tensor, **known: bool) -> RowParameters:
         """Parameters of the rows `slots` [R]; they do not change while the requests run, except `emitted` (0 here).
 
         Args:
             slots: [R] int64.
-            unfiltered: none of them has a top-k, top-p or min-p.
-            no_min_p: none of them has a min-p.
+            known: what the host knows of their sampling settings: the last fields of `SamplingRows`.
         """
         i = dict(zip(_INT_COLUMNS, self.ints[slots].T.contiguous().unbind(0), strict=True))
         f = dict(zip(_FLOAT_COLUMNS, self.floats[slots].T.contiguous().unbind(0), strict=True))
@@ -183,7 +182,7 @@ class RowTable:
             strict=i["strict"] > 0,
             bias=f["bias"],
         )
-        sampling = SamplingRows(f["temperature"], i["top_k"], f["top_p"], f["min_p"], unfiltered, no_min_p)
+        sampling = SamplingRows(f["temperature"], i["top_k"], f["top_p"], f["min_p"], **known)
         return RowParameters(
             guidance, sampling, self.stops[slots], i["seed"], i["greedy"] > 0, i["start"], i["think_end"]
         )
