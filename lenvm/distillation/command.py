@@ -71,7 +71,8 @@ def distill(
     from lenvm.distillation.training import Settings
     from lenvm.format import LenvmFormatError
 
-    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # one voice of several processes
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    console = Console(stderr=True, quiet=several and os.environ["RANK"] != "0")  # one voice
     settings = Settings(
         state_of=state_of.value,
         rank=rank,
