@@ -23,8 +23,12 @@ class ServerPool:
     def __init__(self, servers: Sequence[Server]) -> None:
         self._servers = list(servers)
         self._load = dict.fromkeys(range(len(servers)), 0)
-        self.group = servers[0].group
         self.notes: list[str] = []
+
+    @property
+    def group(self) -> int:
+        """Completions that a request carries; known once they are open."""
+        return min(s.group for s in self._servers)
 
     @property
     def url(self) -> str:

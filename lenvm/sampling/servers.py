@@ -141,18 +141,24 @@ class Server(ABC):
 
 class SglangServer(Server):
     """`POST /generate` with the prompt's token ids; one request carries a few completions of one prompt, each with a
-    seed of its own."""
+    seed of its own. Behind SGLang's router it carries one completion, because the router passes on nothing else."""
 
     group = 8
 
     async def open(self, client: httpx.AsyncClient, first: Prompt) -> None:
         info = await get_json(client, f"{self.url}/server_info")
         if not isinstance(info, dict) or "model_path" not in info:
+            info = await get_json(client, f"{self.url}/get_model_info")  # which the router answers for its servers
+            self.group = 1
+        if not isinstance(info, dict) or "model_path" not in info:
             raise SamplingError(
                 f"{self.url} does not answer /server_info as SGLang does; check --server, or use --api openai."
             )
         self.model = self.model or str(info.get("served_model_name") or info["model_path"])
-        self._note_seeds(info)
+        if self.group > 1:
+            self._note_seeds(info)
+        else:
+            self.notes.append("a router does not say whether the servers behind it honour seeds.")
         if self._directory is None:
             self._directory = Path(str(info.get("tokenizer_path") or info["model_path"]))
             if not self._directory.is_dir():
@@ -165,7 +171,7 @@ class SglangServer(Server):
 
     async def _check_images(self, client: httpx.AsyncClient, first: Prompt) -> None:
         # a server of a text model passes over images without a word
-        info = await get_json(client, f"{self.url}/model_info")
+        info = await get_json(client, f"{self.url}/{'model_info' if self.group > 1 else 'get_model_info'}")
         if not isinstance(info, dict) or not info.get("has_image_understanding"):
             raise SamplingError(f"{self.model} at {self.url} reads no images; serve a vision-language model.")
         self._opened.check_images(first.messages)
@@ -196,10 +202,13 @@ class SglangServer(Server):
                 "image_data": [[data_url(image) for image in prompt.images]] * len(samples),
                 "return_prompt_token_ids": True,
             }
-        params = [{**common, "sampling_seed": sample_seed(s.seed, prompt.id, k)} for k in samples]
-        return {**asked, "sampling_params": params}
+        asked["sampling_params"] = [{**common, "sampling_seed": sample_seed(s.seed, prompt.id, k)} for k in samples]
+        if self.group == 1:
+            return {name: value[0] if isinstance(value, list) else value for name, value in asked.items()}
+        return asked
 
     def _completions(self, prompt: Prompt, samples: Sequence[int], answer: Any) -> list[Completion]:
+        answer = [answer] if self.group == 1 and isinstance(answer, dict) else answer
         if not isinstance(answer, list) or len(answer) != len(samples):
             raise RequestFailedError(
                 f"/generate answered {len(samples)} prompts with something else than as many completions"

@@ -22,7 +22,9 @@ class Scripted:
     def __init__(self) -> None:
         self.failures: list[int] = []  # status codes answered first
         self.refuse: dict[str, int] = {}  # text or first token of a prompt -> status code, for ever
-        self.dialect = "sglang"  # sglang, vllm, openai (knows no token ids), strict (refuses the field)
+        self.dialect = (
+            "sglang"  # or router, vllm, openai (knows no token ids), strict (refuses the field)
+        )
         self.deterministic = True
         self.sees_images = True
         self.asked: Counter[str] = Counter()
@@ -61,6 +63,8 @@ def make_handler(script: Scripted) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             if self.path == "/v1/models":
                 self.answer(200, {"data": [{"id": "tiny"}]})
+            elif self.path == "/get_model_info" and script.dialect == "router":
+                self.answer(200, {"model_path": "/none", "served_model_name": "tiny"})
             elif self.path == "/server_info" and script.dialect == "sglang":
                 info = {"model_path": "/none", "served_model_name": "tiny"}
                 self.answer(200, {**info, "enable_deterministic_inference": script.deterministic})
@@ -87,6 +91,8 @@ def make_handler(script: Scripted) -> type[BaseHTTPRequestHandler]:
                     key = body["messages"][-1]["content"]
                 else:
                     key = body["text"][0] if "text" in body else json.dumps(body["input_ids"][0])
+                    if (script.dialect == "router") == isinstance(body["sampling_params"], list):
+                        status = 422  # a router passes single requests on, and nothing else
                 status = script.refuse.get(key, status) if isinstance(key, str) else status
                 if status != 200:
                     self.answer(status, {"error": {"message": f"scripted {status}"}})
@@ -100,6 +106,8 @@ def make_handler(script: Scripted) -> type[BaseHTTPRequestHandler]:
 
         def generate(self, body: dict[str, Any]) -> None:
             answers = []
+            if script.dialect == "router":
+                body = {"input_ids": [body["input_ids"]], "sampling_params": [body["sampling_params"]]}
             prompts = body.get("input_ids") or list(zip(body["text"], body["image_data"], strict=True))
             for prompt, params in zip(prompts, body["sampling_params"], strict=True):
                 drawn, why = script.completion(prompt, params["sampling_seed"], params["max_new_tokens"])
@@ -107,7 +115,7 @@ def make_handler(script: Scripted) -> type[BaseHTTPRequestHandler]:
                 answers.append({"text": "x" * len(drawn), "output_ids": drawn, "meta_info": meta})
                 if body.get("return_prompt_token_ids"):
                     answers[-1]["prompt_token_ids"] = [7, *[9] * len(prompt[1]), 8]
-            self.answer(200, answers)
+            self.answer(200, answers[0] if script.dialect == "router" else answers)
 
         def chat(self, body: dict[str, Any]) -> None:
             if script.dialect == "strict" and "return_token_ids" in body:

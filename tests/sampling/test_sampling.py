@@ -62,6 +62,20 @@ def test_rows_are_complete_and_sorted(
     assert script.asked["/generate"] == 12
 
 
+def test_behind_a_router_a_request_carries_one_completion(
+    prompts_file: Path, tmp_path: Path, url: str, tokenizer_dir: Path, script: Scripted
+):
+    script.dialect = "router"
+    out = tmp_path / "out.jsonl"
+    result = draw(prompts_file, out, url, tokenizer_dir)
+    assert (result.drawn, result.failed) == (48, {})
+    assert script.asked["/generate"] == 48
+    assert any("router does not say" in note for note in result.notes)
+    for r in rows(out):
+        assert r["completion_token_ids"] == script.completion(r["prompt_token_ids"], r["seed"], 20)[0]
+    assert json.loads((tmp_path / "out.jsonl.meta.json").read_text())["parameters"]["seeds_honoured"] is None
+
+
 @pytest.mark.parametrize("dialect", ["sglang", "vllm"])
 def test_openai_dialects_give_the_drawn_ids(
     dialect: str, prompts_file: Path, tmp_path: Path, url: str, script: Scripted
