@@ -22,9 +22,7 @@ class Scripted:
     def __init__(self) -> None:
         self.failures: list[int] = []  # status codes answered first
         self.refuse: dict[str, int] = {}  # text or first token of a prompt -> status code, for ever
-        self.dialect = (
-            "sglang"  # or router, vllm, openai (knows no token ids), strict (refuses the field)
-        )
+        self.dialect = "sglang"  # or router, vllm, openai (knows no token ids), strict (refuses the field)
         self.deterministic = True
         self.sees_images = True
         self.asked: Counter[str] = Counter()
