@@ -36,6 +36,32 @@ def keyed_gumbel(seed, position, token):
 
 
 @triton.jit
+def product_tile(
+    X, x_offset, in_rows, W, w_row, units, in_units, H,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] float32: x . w of rows of H features that begin at X + x_offset and W + units * w_row.
+
+    UPCAST multiplies in float32, as exactly as tensor cores can (three TF32 products)."""
+    features = tl.arange(0, BLOCK_H)
+    found = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, H, BLOCK_H):
+        f = start + features
+        in_features = f < H
+        x = tl.load(X + x_offset[:, None] + f[None, :], mask=in_rows[:, None] & in_features[None, :], other=0.0)
+        w = tl.load(
+            W + units[None, :].to(tl.int64) * w_row + f[:, None],
+            mask=in_units[None, :] & in_features[:, None],
+            other=0.0,
+        )
+        if UPCAST:
+            found = tl.dot(x.to(tl.float32), w.to(tl.float32), found, input_precision="tf32x3")
+        else:
+            found = tl.dot(x, w, found)
+    return found
+
+
+@triton.jit
 def log_sum_exp(x):
     """log sum exp of a vector in its own dtype; -inf where it is all -inf."""
     top = tl.max(x, 0)

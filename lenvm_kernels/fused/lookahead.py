@@ -15,7 +15,7 @@ from lenvm.format import LenvmConfig
 from lenvm.guidance import Scores
 from lenvm.heads import LookaheadHead
 from lenvm.lookahead import log_discounts
-from lenvm_kernels.fused.common import NEG_INF, rowwise
+from lenvm_kernels.fused.common import NEG_INF, product_tile, rowwise
 
 BLOCK_M, BLOCK_N, BLOCK_H = 32, 16, 64
 """Rows, units of the head and features of the state in a tile of W1 h. Fixed, so that a row's sums do not depend on the
@@ -33,25 +33,11 @@ def state_kernel(
     """OUT[m, r] = w1_r . STATES[SLOT[m]] + b1_r."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     units = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    features = tl.arange(0, BLOCK_H)
     in_rows, in_units = rows < M, units < R
     slot = tl.load(SLOT + rows, mask=in_rows, other=0)
-    inner = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, H, BLOCK_H):
-        f = start + features
-        in_features = f < H
-        x = tl.load(
-            STATES + slot[:, None] * states_row + f[None, :], mask=in_rows[:, None] & in_features[None, :], other=0.0
-        )
-        w = tl.load(
-            W1 + units[None, :].to(tl.int64) * w1_row + f[:, None],
-            mask=in_units[None, :] & in_features[:, None],
-            other=0.0,
-        )
-        if UPCAST:
-            inner = tl.dot(x.to(tl.float32), w.to(tl.float32), inner, input_precision="tf32x3")
-        else:
-            inner = tl.dot(x, w, inner)
+    inner = product_tile(
+        STATES, slot * states_row, in_rows, W1, w1_row, units, in_units, H, BLOCK_M, BLOCK_N, BLOCK_H, UPCAST
+    )
     inner += tl.load(B1 + units, mask=in_units, other=0.0).to(tl.float32)[None, :]
     tl.store(OUT + rows[:, None].to(tl.int64) * R + units[None, :], inner, mask=in_rows[:, None] & in_units[None, :])
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lenvm.heads import ValueHead
+from lenvm_kernels.fused.common import product_tile
 
 BLOCK_M, BLOCK_N, BLOCK_H = 64, 32, 32
 """Rows, hidden units and input features of a tile. Fixed, so that the order of a row's sums, and with it z to the last
@@ -23,26 +24,9 @@ def value_head_kernel(
     """PARTIAL[j, m] = sum over the j-th block of hidden units of w2 SiLU(w1 h_m + b1); b2 goes to block 0."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     units = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    features = tl.arange(0, BLOCK_H)
     in_rows, in_units = rows < M, units < H
-    inner = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, H, BLOCK_H):
-        f = start + features
-        in_features = f < H
-        x = tl.load(
-            HIDDEN + rows[:, None].to(tl.int64) * hidden_row + f[None, :],
-            mask=in_rows[:, None] & in_features[None, :],
-            other=0.0,
-        )
-        w = tl.load(
-            W1 + units[None, :].to(tl.int64) * w1_row + f[:, None],
-            mask=in_units[None, :] & in_features[:, None],
-            other=0.0,
-        )
-        if UPCAST:
-            inner = tl.dot(x.to(tl.float32), w.to(tl.float32), inner, input_precision="tf32x3")
-        else:
-            inner = tl.dot(x, w, inner)
+    offset = rows.to(tl.int64) * hidden_row
+    inner = product_tile(HIDDEN, offset, in_rows, W1, w1_row, units, in_units, H, BLOCK_M, BLOCK_N, BLOCK_H, UPCAST)
     inner += tl.load(B1 + units, mask=in_units, other=0.0).to(tl.float32)[None, :]
     w2 = tl.load(W2 + units, mask=in_units, other=0.0).to(tl.float32)
     part = tl.sum(inner / (1.0 + tl.exp(-inner)) * w2[None, :], 1)

@@ -108,7 +108,7 @@ def test_nothing_to_do_and_gradients_take_the_reference() -> None:
 
 
 MUTANTS = {
-    "state of another row": ("STATES + slot[:, None]", "STATES + rows[:, None]"),
+    "state of another row": ("STATES, slot * states_row", "STATES, rows * states_row"),
     "no bias of the state": (
         "inner += tl.load(B1 + units, mask=in_units, other=0.0)",
         "inner += 0.0 * tl.load(B1 + units, mask=in_units, other=0.0)",
