@@ -44,7 +44,8 @@ METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__",
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[misc]
-    """Counts by phase: `host`, `ours`, `value` (the value model's forward), `heads`, `kernels` (what kernels replace).
+    """Counts by phase: `host`, `sampler` (the host's own), `ours`, `value` (the value model's forward), `heads`,
+    `kernels` (what kernels replace).
 
     Attributes:
         counts: phase -> counter of launches, bytes, waits, forwards, tokens.
@@ -63,7 +64,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
 
     def wait(self, what: str) -> None:
         self.now["waits"] += 1
-        if self.phases[-1] != "host":
+        if self.phases[-1] not in ("host", "sampler"):
             self.waits.append(f"{self.phases[-1]}: {what}")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,6 +128,8 @@ def recording(engine: InProcess) -> Iterator[Recorder]:
     with ExitStack() as stack:
         for name in ("follow", "steer", "watch"):
             stack.enter_context(engine.replaced(steering, name, recorder.wrapped(getattr(steering, name), "ours")))
+        sampler = engine.runner.sampler
+        stack.enter_context(engine.replaced(sampler, "forward", recorder.wrapped(sampler.forward, "sampler")))
         if not worker.reads_base:  # an attached head has no model of its own
             forward = recorder.wrapped(worker._forward, "value", "forwards", True)
             stack.enter_context(engine.replaced(worker, "_forward", forward))
@@ -213,6 +216,7 @@ def report(table: Table, engine: InProcess, provider: str, kind: str, rows: int,
         "waits of ours": (ours["waits"] + heads["waits"] + (not replaced) * kernels["waits"]) / steps,
         "waits of the host's attention": value["waits"] / steps,
         "launches of ours outside the value forward": launches / steps,
+        "launches of the host's sampler": recorder.counts["sampler"]["launches"] / steps,
         "launches of the value forward": (value["launches"] + heads["launches"]) / steps,
         "bytes of ours per token": (ours["bytes"] + kernels["bytes"]) / steps / rows,
         "bytes of the value forward per token": (value["bytes"] + heads["bytes"]) / steps / rows,

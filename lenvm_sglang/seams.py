@@ -450,10 +450,12 @@ def model_sample(original: Callable[..., Any], self: Any, logits_output: Any, fo
         forward_batch, rows, logits_output.next_token_logits, scale_logprobs=not SGLANG_RETURN_ORIGINAL_LOGPROB
     )
     process.step = step
+    greedy = forward_batch.sampling_info.is_all_greedy
     try:
         token_ids = original(self, logits_output, forward_batch)
     finally:
         process.step = None
+        forward_batch.sampling_info.is_all_greedy = greedy
     if step.steered is not None:
         raise RuntimeError("lenvm: the host's sampler did not pass through Sampler._preprocess_logits.")
     fail_requests(forward_batch, processor, isolation.watch(step, token_ids))
@@ -464,12 +466,16 @@ def model_sample(original: Callable[..., Any], self: Any, logits_output: Any, fo
 
 
 def preprocess_logits(result: Any, self: Any, logits: Any, sampling_info: Any) -> None:
-    """AFTER Sampler._preprocess_logits: steer, if this is the tensor that is sampled from and not a copy."""
+    """AFTER Sampler._preprocess_logits: steer, if this is the tensor that is sampled from and not a copy.
+
+    Where every row is one-hot then, the host takes the arg max instead of sorting the vocabulary for a draw."""
     step = process.step
     if step is not None and step.logits is logits:
         from lenvm_sglang import isolation
 
         fail_requests(step.batch, step.processor, isolation.steer(step))
+        if step.index is not None and len(step.index) == len(logits):
+            sampling_info.is_all_greedy = True  # until the end of `model_sample`
 
 
 def fail_requests(forward_batch: Any, processor: Any, failed: list[tuple[Any, Exception]]) -> None:

@@ -131,6 +131,20 @@ class Asker:
             response = await http.get(self.settings.base_url.removesuffix("/v1") + "/lenvm/info")
         return dict(response.json()) if response.status_code == 200 else None
 
+    async def candidates(self) -> int:
+        """K, the most candidates of a token that the server scores.
+
+        Raises:
+            EvaluationError: if the server has no LenVM.
+        """
+        info = await self.info()
+        if not info or "max_candidates" not in info:
+            raise EvaluationError(
+                f"{self._name} has no length value model: GET /lenvm/info does not say how many candidates it scores; "
+                "start it with --lenvm-model."
+            )
+        return int(info["max_candidates"])
+
     async def ask(self, request: Request, messages: Sequence[Mapping[str, Any]]) -> Answer:
         """One answer.
 
@@ -167,6 +181,12 @@ class Asker:
             lenvm=choice.get("lenvm") or body.get("lenvm"),
             seconds=seconds,
         )
+
+
+async def server_candidates(settings: ServerSettings) -> int:
+    """K of the server of `settings`, as `Asker.candidates`."""
+    async with Asker(settings) as asker:
+        return await asker.candidates()
 
 
 def sampling_of(drawn: Mapping[str, Any]) -> dict[str, float]:

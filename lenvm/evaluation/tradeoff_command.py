@@ -34,6 +34,10 @@ def tradeoff(
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="The paper's, for guided and unguided alike.")] = 0.01,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=-1, help="For guided and unguided alike; -1 is off. Default: as many as the server scores."),
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
 ) -> None:
@@ -42,9 +46,10 @@ def tradeoff(
     Answers are judged by math-verify. Interrupted runs are taken up where they stopped.
     """
     import asyncio
+    from dataclasses import replace
 
     from lenvm.evaluation.assemble import TextScore
-    from lenvm.evaluation.client import ServerSettings
+    from lenvm.evaluation.client import ServerSettings, server_candidates
     from lenvm.evaluation.errors import EvaluationError
     from lenvm.evaluation.grading import verified
     from lenvm.evaluation.problems import fitting, read_problems
@@ -82,6 +87,11 @@ def tradeoff(
             "instruction": problems[0].messages[-1]["content"],
         }
         settings = ServerSettings(server, concurrency, max_tokens, sampling)
+        # A guided token is one of the K candidates that are scored: the base model alone must choose among as many, or
+        # its text differs from that of length_bias 0 for a reason that has nothing to do with length.
+        wide = asyncio.run(server_candidates(settings)) if top_k is None else top_k
+        if wide != -1:
+            settings = replace(settings, sampling={**sampling, "top_k": wide})
         with progress(console) as notify:
             asked = ask_plan(
                 make_plan(problems, sizes),
@@ -104,8 +114,7 @@ def tradeoff(
                 log_probs = score_answers(
                     first, lambda request: tokenizer.prompt_ids(by_id[request.prompt_id].messages), base, notify
                 )
-        recorded = {**parameters, "problems": len(problems), "data": data.name, "sampling": sampling}
-        recorded |= {"max_tokens": max_tokens, "concurrency": concurrency}
+        recorded = {**parameters, "problems": len(problems), "data": data.name, "sampling": settings.sampling}
         outcome = tradeoff_outcome(
             problems,
             answers,

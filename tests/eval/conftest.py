@@ -120,7 +120,7 @@ def _app(server: FakeServer, tokenizer: PreTrainedTokenizerFast) -> FastAPI:
 
     @app.get("/lenvm/info")
     def info() -> dict[str, Any]:
-        return {"gamma": 0.98}
+        return {"gamma": 0.98, "max_candidates": 12}
 
     @app.post("/lenvm/values")
     async def values(http: Request) -> dict[str, Any]:

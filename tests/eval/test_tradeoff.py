@@ -123,7 +123,14 @@ def test_the_command(world, fake_server, tmp_path):
     ]  # fmt: skip
     assert isinstance(area.rows[2][2], Estimate)
     assert area.rows[2][2].value > 0
-    assert {b.get("min_p") for b in fake_server.seen} == {0.01}
+    # the base model draws from as many candidates as the server scores, or the curves could not meet
+    assert {(b.get("min_p"), b.get("top_k")) for b in fake_server.seen} == {(0.01, 12)}
+    assert outcome.parameters["sampling"]["top_k"] == 12
+    other = CliRunner().invoke(main, [*words, "--top-k", "5"])
+    assert "use the same parameters or another --out" in " ".join(other.output.split()), other.output
+    off = CliRunner().invoke(main, [*words[:-1], "63", "--top-k", "-1", "--out", str(tmp_path / "off")])
+    assert off.exit_code == 0, off.output
+    assert {b.get("top_k") for b in fake_server.seen if b["max_tokens"] == 63} == {None}
     many = CliRunner().invoke(main, [*words, "--passes", "8"])
     assert many.exit_code == 2
     above = CliRunner().invoke(main, [*words, "--budgets", "99"])

@@ -37,4 +37,7 @@ def test_the_gpu_script_runs_dry_and_a_step_never_waits(tmp_path: Path) -> None:
         assert found[kind, "waits of ours"] == 2, kind
         assert found[kind, "value forwards"] == 1, kind
         assert found[kind, "value tokens per row"] == tokens, kind
+    # a batch that is guided throughout needs no draw of the host's: it takes the arg max of one-hot rows
+    drawn = "launches of the host's sampler"
+    assert found["posterior", drawn] == found["bias", drawn] < found["values", drawn]
     assert found["posterior", "launches of ours outside the value forward"] > 0
