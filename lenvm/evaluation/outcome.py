@@ -38,7 +38,7 @@ class Sheet(BaseModel):
 
 
 class Series(BaseModel):
-    """Points of a figure, joined (`line`) or not (`points`); intervals where `low` and `high` are given."""
+    """Points of a figure, joined (`line`) or not; intervals where `low` and `high` are given."""
 
     model_config = ConfigDict(extra="forbid")
     label: str
@@ -47,8 +47,10 @@ class Series(BaseModel):
     y_low: list[float] | None = None
     y_high: list[float] | None = None
     names: list[str] | None = Field(default=None, description="of the points, which are numbered for the legend")
-    style: Literal["line", "points", "words"] = Field(
-        default="line", description="words: a word cloud, each of `names` as large as its y; x says nothing"
+    style: Literal["line", "points", "rows", "words"] = Field(
+        default="line",
+        description="rows: each of `names` on a line of its own, its y along the axis; words: a word cloud, each of "
+        "`names` as large as its y. x says nothing in either",
     )
     colour: str | None = Field(default=None, description="a name of `lenvm.report.plots.COLOURS`")
 

@@ -21,6 +21,8 @@ THRESHOLD = 0.01
 ROUNDING = 1e-9
 BEFORE, AFTER = 10, 5
 """Tokens of context on either side."""
+DRAWN = 12
+"""Tokens of either kind in the figure."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def tokens_outcome(
         )
     longer = [t for t in effects if t.effect.low > ROUNDING][:top]
     shorter = [t for t in reversed(effects) if t.effect.high < -ROUNDING][:top]
-    groups = (("lengthen", longer[:15], "hard"), ("shorten", shorter[:15], "posterior"))
+    groups = (("lengthen", longer[:DRAWN], "hard"), ("shorten", shorter[:DRAWN][::-1], "posterior"))
     return new_outcome(
         "tokens",
         "Tokens that lengthen and shorten",
@@ -175,13 +177,13 @@ def tokens_outcome(
         plots=[
             Plot(
                 name="effects",
-                title="Effect and frequency",
-                x_label="occurrences",
+                title="Effect, and occurrences",
+                x_label="",
                 y_label="mean change of the expected length, tokens",
                 series=[
-                    Series(label=label, x=[float(t.effect.n) for t in found], y=[t.change.value for t in found],
+                    Series(label=label, x=[0.0] * len(found), y=[t.change.value for t in found],
                            y_low=[t.change.low for t in found], y_high=[t.change.high for t in found],
-                           names=[t.token for t in found], style="points", colour=colour)
+                           names=[f"{t.token}  {t.effect.n:,}×" for t in found], style="rows", colour=colour)
                     for label, found, colour in groups
                     if found
                 ],

@@ -169,16 +169,18 @@ def example(e: Example) -> str:
 
 def drawn(plot: Plot) -> str:
     """A figure of an `Outcome`: lines and points with their intervals, or words."""
-    with _figure(1, 1, width=9.6, height=4.4) as (figure, axes):
+    lines = sum(len(s.y) for s in plot.series if s.style == "rows")
+    with _figure(1, 1, width=9.6, height=max(4.4, 1.0 + 0.2 * lines)) as (figure, axes):
         panel = axes[0][0]
         _draw(plot, panel)
-        if _words(plot):
-            return _svg(figure, plot.name, plot.title)
-        panel.margins(x=0.12)
-        if _numbered(plot):
-            figure.legend(loc="outside right")
-        elif not any(s.names for s in plot.series):
-            figure.legend(loc="outside upper left", ncols=min(4, len(plot.series)))
+        if lines:
+            panel.legend()
+        elif not _words(plot):
+            panel.margins(x=0.12)
+            if _numbered(plot):
+                figure.legend(loc="outside right")
+            else:
+                figure.legend(loc="outside upper left", ncols=min(4, len(plot.series)))
         return _svg(figure, plot.name, plot.title)
 
 
@@ -200,6 +202,8 @@ def write_png(plots: Sequence[Plot], path: Path) -> None:
             panel.set_title(plot.title, loc="left", weight="bold", fontsize=9.0)
             if _words(plot):
                 continue
+            if _rows(plot):
+                panel.tick_params(axis="y", labelsize=6.5)
             if _numbered(plot):
                 panel.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0.0, -0.2), ncols=2)
             else:
@@ -210,9 +214,12 @@ def write_png(plots: Sequence[Plot], path: Path) -> None:
 
 
 def _draw(plot: Plot, panel: Axes) -> None:
-    """Lines and points; names are written beside their points, or numbers that the legend explains. Or words."""
+    """Lines and points; beside points with names stand numbers that the legend explains. Or rows, or words."""
     if _words(plot):
         _draw_words(plot, panel)
+        return
+    if _rows(plot):
+        _draw_rows(plot, panel)
         return
     numbered = _numbered(plot)
     cycle = [COLOURS[k] for k in ("posterior", "hard", "shade", "bias", "base")]
@@ -227,9 +234,8 @@ def _draw(plot: Plot, panel: Axes) -> None:
         label = f"{i + 1}  {s.label}" if numbered else s.label
         size = 5 if len(s.x) < 200 else 2.5
         panel.plot(s.x, s.y, color=colour, lw=1.8 if s.style == "line" else 0, marker=marker, ms=size, label=label)
-        for name, x, y in zip(s.names or [], s.x, s.y, strict=False):
-            text = str(i + 1) if numbered else name.replace("$", r"\$")
-            panel.annotate(text, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9)
+        if numbered:
+            panel.annotate(str(i + 1), (s.x[0], s.y[0]), xytext=(6, 4), textcoords="offset points", fontsize=9)
     panel.margins(y=0.1)
     if plot.log:
         panel.set(xscale="log", yscale="log")
@@ -238,6 +244,22 @@ def _draw(plot: Plot, panel: Axes) -> None:
         panel.plot([min(ends), max(ends)], [min(ends), max(ends)], color=INK, lw=0.9, alpha=0.55)
     panel.set_xlabel(plot.x_label)
     panel.set_ylabel(plot.y_label)
+
+
+def _draw_rows(plot: Plot, panel: Axes) -> None:
+    """Names one below the other, so that they never overlap; values and their intervals along the axis."""
+    names: list[str] = []
+    for s in plot.series:
+        places = range(len(names), len(names) + len(s.y))
+        colour = COLOURS[s.colour or "posterior"]
+        if s.y_low is not None and s.y_high is not None:
+            panel.hlines(places, s.y_low, s.y_high, color=colour, lw=1.4, alpha=0.7)
+        panel.plot(s.y, places, color=colour, lw=0, marker="o", ms=4, label=s.label)
+        names += [name.replace("$", r"\$") for name in s.names or []]
+    panel.axvline(0.0, color=INK, lw=0.9, alpha=0.55)
+    panel.set_yticks(range(len(names)), names)
+    panel.set_ylim(len(names) - 0.5, -0.5)
+    panel.set_xlabel(plot.y_label)
 
 
 def _draw_words(plot: Plot, panel: Axes) -> None:
@@ -267,9 +289,13 @@ def _words(plot: Plot) -> bool:
     return any(s.style == "words" for s in plot.series)
 
 
+def _rows(plot: Plot) -> bool:
+    return any(s.style == "rows" for s in plot.series)
+
+
 def _numbered(plot: Plot) -> bool:
     """Whether every series is one named point: few, and often so near to each other that names would overlap."""
-    return all(s.names and len(s.x) == 1 for s in plot.series)
+    return all(s.names and len(s.x) == 1 and s.style == "points" for s in plot.series)
 
 
 class _figure:  # noqa: N801
