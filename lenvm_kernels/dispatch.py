@@ -1,8 +1,9 @@
-"""The one place that chooses between a Triton kernel and its reference.
+"""The one place that chooses between a Triton kernel, a compiled one and the reference.
 
 Triton runs where its tensors are on a CUDA device, or anywhere under TRITON_INTERPRET=1 (Triton's own interpreter,
-for tests; Triton reads the variable when it is imported, and so do we). Everything else takes the plain torch of the
-core, and so do the few calls that the kernels do not cover; each function says which. None synchronises with the host.
+for tests; Triton reads the variable when it is imported, and so do we). On a CPU, where numba is installed, two of the
+functions have a compiled kernel. Everything else takes the plain torch of the core, and so do the few calls that the
+kernels do not cover; each function says which. None synchronises with the host.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lenvm_kernels.results import TiltSample
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
 MAX_REACH = 1024
 """Most tokens of a row that the candidate kernel orders; a larger top_k takes the reference."""
 MAX_STOPS = 32
@@ -38,6 +40,17 @@ def uses_triton(tensor: Tensor) -> bool:
     return _HAS_TRITON and (tensor.is_cuda or INTERPRETED)
 
 
+def uses_numba(tensor: Tensor) -> bool:
+    """Whether work on this tensor goes to the kernels that numba compiles."""
+    return _HAS_NUMBA and tensor.device.type == "cpu" and not INTERPRETED
+
+
+def prepare(device: torch.device) -> None:
+    """Compile the kernels of a CPU (some seconds the first time on a machine), so that no request waits for it."""
+    if uses_numba(torch.empty(0, device=device)):
+        from lenvm_kernels.compiled import candidates, tilt  # noqa: F401
+
+
 def build_candidates(
     logits: Tensor,
     sampling: SamplingRows,
@@ -48,10 +61,11 @@ def build_candidates(
 ) -> Candidates:
     """Cut the candidate sets of R rows; `lenvm.candidates.build_candidates` says what a candidate is.
 
-    A top-k of torch and two launches. The reference is taken where `reach` is unknown or above `MAX_REACH`, and where
-    a row may have more than `MAX_STOPS` stop tokens. The kernel orders tokens by their logits, the reference by their
-    float32 probabilities: where two of those round to the same number, either may come first. A NaN logit makes its
-    token impossible; a row without any possible token comes back empty (all log_p -inf).
+    A top-k of torch and two launches, or a call of the compiled kernel. The reference is taken where `reach` is unknown
+    or above `MAX_REACH`, where a row may have more than `MAX_STOPS` stop tokens, and on a CPU for `length_strict`. The
+    kernels order tokens by their logits, the reference by their float32 probabilities: where two of those round to the
+    same number, either may come first. A NaN logit makes its token impossible; a row without any possible token comes
+    back empty (all log_p -inf).
 
     Args:
         logits: [R, V] float after penalties, bias and grammar; -inf for forbidden tokens.
@@ -71,6 +85,11 @@ def build_candidates(
 
         assert reach is not None
         return fused.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
+    if uses_numba(logits) and covered and guidance is None:
+        from lenvm_kernels.compiled import candidates as compiled
+
+        assert reach is not None
+        return compiled.build_candidates(logits, sampling, stop_token_ids, max_candidates, reach)
     return reference.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
 
 
@@ -145,10 +164,11 @@ def tilt_sample(
 ) -> TiltSample:
     """Guide and draw R rows, each after its own rule: `lenvm.guidance.guide`, then `lenvm.sampler.draw`.
 
-    One launch. The noise is the sampler's own, keyed by (seed, tokens emitted, token id), so kernel and reference draw
-    the same tokens wherever their log p' agree; the kernel works in float64 per candidate and in float32 per bin.
-    Rows of more than `MAX_CANDIDATES` candidates take the reference. A checkpoint without a length
-    head computes its log-normal with the core's torch first (only if the posterior is `present`).
+    One launch, or one call of the compiled kernel. The noise is the sampler's own, keyed by (seed, tokens emitted,
+    token id), so kernel and reference draw the same tokens wherever their log p' agree; the kernels work in float64 per
+    candidate, Triton's in float32 per bin. Rows of more than `MAX_CANDIDATES` candidates take the reference on a GPU. A
+    checkpoint without a length head computes its log-normal with the core's torch first (only if the posterior is
+    `present`).
 
     Args:
         candidates: the sets, [R, K]; a row's count is the number of its slots with log_p > -inf.
@@ -158,8 +178,8 @@ def tilt_sample(
         seed: [R] int64 keys of the draw's noise.
         greedy: [R] bool, take the arg max of p' instead of a sample.
         present: the controls that occur in `guidance`, where the host knows them.
-        statistics: also give value, expected value, KL to the base and status (free in the kernel).
-        lengths: also give the predicted remaining length (free in the kernel).
+        statistics: also give value, expected value, KL to the base and status (free in the kernels).
+        lengths: also give the predicted remaining length (free in Triton's kernel).
 
     Returns:
         TiltSample.
@@ -169,4 +189,8 @@ def tilt_sample(
         from lenvm_kernels.fused import tilt as fused
 
         return fused.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present)
+    if uses_numba(candidates.log_p) and slots > 0:
+        from lenvm_kernels.compiled import tilt as compiled
+
+        return compiled.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, lengths)
     return reference.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, statistics, lengths)

@@ -24,7 +24,7 @@ from lenvm.guidance import Control, GuidanceRows, Scores, predicted_lengths
 from lenvm.lognormal import lognormal_log_q
 from lenvm.lookahead import prompt_distribution, prompt_summary
 from lenvm.sampler import draw
-from lenvm_kernels import build_candidates, tilt_sample
+from lenvm_kernels import build_candidates, prepare, tilt_sample
 from lenvm_sglang.metrics import FallbackOutput, StepMetrics
 from lenvm_sglang.outputs import QUANTILES, LengthOutput, SequenceOutput
 from lenvm_sglang.rows import LengthRows, Place, Read
@@ -79,6 +79,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
     def __init__(self, worker: ValueWorker | AttachedWorker, metrics: StepMetrics | None = None) -> None:
         self.worker = worker
         self.metrics = metrics
+        prepare(torch.device(worker.base.device))
 
     def _timed(self, phase: str) -> AbstractContextManager[None]:
         return nullcontext() if self.metrics is None else self.metrics.timed(phase)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
@@ -19,7 +20,9 @@ from lenvm_kernels import (
     build_candidates,
     dispatch,
     lookahead_scores,
+    reference,
     tilt_sample,
+    uses_numba,
     uses_triton,
     value_head,
 )
@@ -103,16 +106,35 @@ def test_looking_ahead_is_what_the_core_does() -> None:
     assert torch.allclose(found.length_log_q.cpu(), want.length_log_q, rtol=1e-4, atol=1e-4)
 
 
-def test_statistics_are_optional_on_the_reference() -> None:
+def test_lengths_and_statistics_are_optional() -> None:
     step = Step("cpu")
     candidates = build_candidates(step.logits, step.sampling, step.stops, 16, step.rows, reach=20)
     z = torch.zeros(ROWS, 16)
     args = (candidates, Scores(z, step.log_q), step.rows, LENVM, step.seed, step.greedy)
-    with_, without = tilt_sample(*args), tilt_sample(*args, statistics=False, lengths=False)
-    assert torch.equal(with_.token_id, without.token_id)
-    assert without.length is None and with_.length is not None and (with_.length >= 0).all()
-    assert without.kl is None and with_.kl is not None and (with_.kl >= 0).all()
-    assert with_.status is not None and (with_.status[step.rows.control == Control.BIAS] == 0).all()
+    for function in (tilt_sample, lambda *a, **given: reference.tilt_sample(*a, None, **given)):
+        with_ = function(*args, statistics=True, lengths=True)
+        without = function(*args, statistics=False, lengths=False)
+        assert torch.equal(with_.token_id, without.token_id)
+        assert without.length is None and with_.length is not None and (with_.length >= 0).all()
+        assert with_.kl is not None and (with_.kl >= 0).all()
+        assert with_.status is not None and (with_.status[step.rows.control == Control.BIAS] == 0).all()
+    assert without.kl is None  # of the reference
+
+
+def test_a_cpu_takes_what_numba_compiles_where_it_is_installed() -> None:
+    """Narrowed candidates and a value that nobody wanted are not contiguous: they are taken as they are."""
+    step = Step("cpu")
+    assert uses_numba(step.logits) == (importlib.util.find_spec("numba") is not None)
+    whole = build_candidates(step.logits, step.sampling, step.stops, 16, reach=20)
+    candidates = Candidates(whole.token_ids[:, :5], whole.log_p[:, :5], whole.is_stop[:, :5])
+    rows = step.rows.control == Control.POSTERIOR
+    part = Candidates(*(t[rows] for t in (candidates.token_ids, candidates.log_p, candidates.is_stop)))
+    scores = Scores(torch.zeros(()).expand(int(rows.sum()), 5), step.log_q[rows, :5])
+    args = (part, scores, step.rows.select(rows), LENVM)
+    got = tilt_sample(*args, step.seed[rows], step.greedy[rows], {Control.POSTERIOR})
+    want = reference.tilt_sample(*args, step.seed[rows], step.greedy[rows], {Control.POSTERIOR}, True, True)
+    assert torch.equal(got.token_id, want.token_id)
+    assert torch.allclose(got.log_p.exp(), want.log_p.exp(), atol=1e-6)
 
 
 def test_imports_without_triton_and_knows_no_host() -> None:

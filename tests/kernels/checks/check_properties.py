@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lenvm.guidance import Control
 from lenvm_kernels import TiltSample, tilt_sample
-from tests.kernels.interpreted import quick, rows
+from tests.kernels.checks import quick, rows
 
 assert quick
 SEEDS = st.integers(0, 10**6)

@@ -14,7 +14,7 @@ from lenvm.guidance import Control, GuidanceRows, Mode
 from lenvm.heads import ValueHead
 from lenvm_kernels import build_candidates, reference, value_head
 from tests.core import test_candidates as core_tests
-from tests.kernels.interpreted import quick
+from tests.kernels.checks import quick
 
 assert quick
 INF, NAN = math.inf, math.nan

@@ -14,8 +14,8 @@ from lenvm.guidance import Scores
 from lenvm.heads import LookaheadHead
 from lenvm_kernels import lookahead_scores
 from lenvm_kernels.fused import lookahead as fused
-from tests.kernels.interpreted import quick
-from tests.kernels.interpreted.check_mutants import load
+from tests.kernels.checks import quick
+from tests.kernels.checks.planted import load
 
 assert quick
 SOURCE = Path(lenvm_kernels.__file__).parent / "fused" / "lookahead.py"

@@ -13,7 +13,7 @@ from lenvm.format import LenvmConfig
 from lenvm.guidance import Control, GuidanceRows, Mode, Scores, guide, length_kernel
 from lenvm.sampler import draw
 from lenvm_kernels import Status, reference, tilt_sample
-from tests.kernels.interpreted import quick, rows
+from tests.kernels.checks import quick, rows
 
 assert quick
 
