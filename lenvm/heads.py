@@ -134,10 +134,15 @@ class LookaheadHead(nn.Module):
 
     def forward(self, hidden: Tensor, tokens: Tensor, source: Tensor | None = None) -> Tensor:
         """hidden [..., H] of any float dtype and tokens [..., K] int64 -> logits [..., K, B] float32."""
+        if not torch.is_autocast_enabled(hidden.device.type):
+            return self._logits(hidden, tokens, source)
         with torch.autocast(hidden.device.type, enabled=False):
-            state = F.linear(hidden.float(), self.w1.float(), self.b1.float())
-            inner = F.silu(state.unsqueeze(-2) + self.token_vectors(tokens, source))
-            return F.linear(inner, self.w2.float(), self.b2.float())
+            return self._logits(hidden, tokens, source)
+
+    def _logits(self, hidden: Tensor, tokens: Tensor, source: Tensor | None) -> Tensor:
+        state = F.linear(hidden.float(), self.w1.float(), self.b1.float())
+        inner = F.silu(state.unsqueeze(-2) + self.token_vectors(tokens, source))
+        return F.linear(inner, self.w2.float(), self.b2.float())
 
     def with_table(self, source: Tensor | None) -> LookaheadHead:
         """The same function with a table of its own, which needs no `source` and one gather a token; for inference."""
