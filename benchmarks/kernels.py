@@ -6,6 +6,7 @@ floors: `floor_bytes`, the time to move the inputs and outputs at the copy bandw
 `floor_flops`, the time of the arithmetic at the speed of a large matrix product of the same dtype, measured too. One
 CSV row a provider, times in microseconds; then ratios, all of one run.
 
+`--cpu` times what numba compiles for a CPU beside the plain torch, one thread each, the second-level cache flushed.
 `--dry` runs everything end to end on a CPU in tiny sizes, `ours` in Triton's interpreter: its times say nothing about a
 GPU, nor about anything else.
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-DRY = "--dry" in sys.argv
+DRY, CPU = "--dry" in sys.argv, "--cpu" in sys.argv
 if DRY:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 # not this folder: its kernels.py would stand for the package of that name, which transformers looks for
@@ -36,7 +37,9 @@ from lenvm.guidance import Control, GuidanceRows, Mode, Scores
 from lenvm.heads import LookaheadHead, ValueHead
 from lenvm_kernels import build_candidates, lookahead_scores, reference, tilt_sample, value_head
 
-DEVICE = "cpu" if DRY else "cuda"
+DEVICE = "cpu" if DRY or CPU else "cuda"
+FLUSHED = 2**22 if CPU else 2**28
+"""Bytes written between two calls, because a decode step leaves nothing of ours in the second-level cache."""
 
 
 class Case(NamedTuple):
@@ -137,12 +140,12 @@ def lookahead_case(rows: int, slots: int, features: int, rank: int, vocabulary: 
     )
 
 
-def candidates_case(rows: int, vocabulary: int, slots: int) -> Case:
+def candidates_case(rows: int, vocabulary: int, slots: int, strict: bool = True) -> Case:
     logits = torch.randn(rows, vocabulary, device=DEVICE) * 3
     ones = torch.ones(rows, device=DEVICE)
     sampling = SamplingRows(ones, torch.full((rows,), vocabulary, device=DEVICE), ones * 0.95, ones * 0)
     stops = torch.tensor([[2, -1]], device=DEVICE).repeat(rows, 1)
-    arguments = (logits, sampling, stops, slots, guidance(rows, Control.POSTERIOR), slots)
+    arguments = (logits, sampling, stops, slots, guidance(rows, Control.POSTERIOR) if strict else None, slots)
     return Case(
         "build_candidates",
         f"R={rows} V={vocabulary} K={slots}",
@@ -153,6 +156,15 @@ def candidates_case(rows: int, vocabulary: int, slots: int) -> Case:
         4 * rows * vocabulary,
         torch.float32,
     )
+
+
+def cpu_cases() -> Iterator[Case]:
+    lenvm = LenvmConfig(gamma=0.99, bins=LengthBins.for_max_length(4096).centres)
+    for rows in (1, 8, 32):
+        for slots in (4, 16):
+            yield from tilt_cases(rows, slots, lenvm)
+        for vocabulary in (1024, 151_936):
+            yield candidates_case(rows, vocabulary, 16, strict=False)
 
 
 def cases() -> Iterator[Case]:
@@ -169,18 +181,18 @@ def cases() -> Iterator[Case]:
 
 
 def times(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Microseconds of each call, by the device's clock where there is one; the second-level cache is flushed between
-    calls, because a decode step leaves nothing of ours in it."""
+    """Microseconds of each call, by the device's clock where there is one, `FLUSHED` bytes between calls."""
     for _ in range(3 if not DRY else 1):
         call()
-    if DRY:
+    flush = torch.empty(1 if DRY else FLUSHED, dtype=torch.int8, device=DEVICE)
+    if DEVICE == "cpu":
         found = []
         for _ in range(repeats):
+            flush.zero_()
             began = time.perf_counter()
             call()
             found.append((time.perf_counter() - began) * 1e6)
         return found
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=DEVICE)
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in pairs:
         flush.zero_()
@@ -193,7 +205,7 @@ def times(call: Callable[[], Any], repeats: int) -> list[float]:
 
 def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     """The call as a CUDA graph, as a serving step runs it: without Python and launch cost between its kernels."""
-    if DRY:
+    if DEVICE == "cpu":
         return call
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -224,14 +236,31 @@ def machine_speed() -> tuple[float, dict[torch.dtype, float]]:
     return copy, products
 
 
+def on_a_cpu(out: Path, repeats: int) -> None:
+    """Compiled kernels beside plain torch; calls in turn, because a machine's speed changes."""
+    torch.set_num_threads(1)
+    with Table(out) as table, torch.no_grad():
+        for case in cpu_cases():
+            found: dict[str, list[float]] = {"ours": [], "eager": []}
+            for _ in range(5):
+                found["ours"] += times(case.ours, repeats // 5)
+                found["eager"] += times(lambda c=case: c.eager(*c.arguments), repeats // 5)  # type: ignore[misc]
+            ours, eager = (table.add(case.name, provider, case.sizes, found[provider]) for provider in found)
+            print(f"{case.name}, {case.sizes}: eager/ours {eager / ours:.2f} ({eager:.0f} / {ours:.0f} us)", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU; times mean nothing")
+    parser.add_argument("--cpu", action="store_true", help="the kernels of a CPU beside plain torch")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/kernels.csv"), help="CSV file to write")
     parser.add_argument("--repeats", type=int, default=2 if DRY else 200, help="timed calls of each provider")
     options = parser.parse_args()
+    if CPU:
+        on_a_cpu(options.out, options.repeats)
+        return
     if not DRY and not torch.cuda.is_available():
-        parser.error("there is no CUDA device; --dry runs the script end to end on a CPU, without meaningful times")
+        parser.error("there is no CUDA device; --cpu times the kernels of a CPU, --dry runs everything on one")
 
     copy, products = machine_speed()
     ratios = []

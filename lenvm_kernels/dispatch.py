@@ -62,10 +62,10 @@ def build_candidates(
     """Cut the candidate sets of R rows; `lenvm.candidates.build_candidates` says what a candidate is.
 
     A top-k of torch and two launches, or a call of the compiled kernel. The reference is taken where `reach` is unknown
-    or above `MAX_REACH`, where a row may have more than `MAX_STOPS` stop tokens, and on a CPU for `length_strict`. The
-    kernels order tokens by their logits, the reference by their float32 probabilities: where two of those round to the
-    same number, either may come first. A NaN logit makes its token impossible; a row without any possible token comes
-    back empty (all log_p -inf).
+    or above `MAX_REACH`, where a row may have more than `MAX_STOPS` stop tokens, and on a CPU for `length_strict`.
+    Triton's kernel orders tokens by their logits, the others by their float32 probabilities: where two of those round
+    to the same number, either may come first. A NaN logit makes its token impossible (without Triton the whole row); a
+    row without any possible token comes back empty (all log_p -inf).
 
     Args:
         logits: [R, V] float after penalties, bias and grammar; -inf for forbidden tokens.
