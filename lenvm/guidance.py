@@ -215,15 +215,15 @@ def kernel_per_bin(rows: GuidanceRows, bins: LengthBins) -> tuple[Tensor, Tensor
     # in numpy, which starts an operator on a few numbers sooner than torch (np.clip would take ten times as long)
     last = bins.longest + 1
     left = np.minimum(np.maximum(rows.target.numpy() - rows.emitted.numpy(), 0), last)
-    found = torch.from_numpy(_kernels_per_bin(bins.centres)[rows.mode.numpy() * (last + 1) + left])
+    found = torch.from_numpy(kernel_table(bins.centres)[rows.mode.numpy() * (last + 1) + left])
     return found[:, 0], found[:, 1:]
 
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
-def _kernels_per_bin(centres: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
+def kernel_table(centres: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
     """[3 (N + 2), 1 + B] float32: of each mode past its bound, then for each m = 0..N, K(0) and the sums over the
-    bins."""
+    bins of a row without a tolerance: its line is mode (N + 2) + T - t, at least 0 and at most N + 1 of them."""
     decode = LengthBins.cached(centres).decode_matrix().double().T  # [N + 1, B]
     n = torch.arange(len(decode), dtype=torch.float64)
     m_is_zero = (n == 0).double()

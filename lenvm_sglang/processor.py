@@ -288,7 +288,10 @@ def prompt_lengths(scores: Scores, lenvm: LenvmConfig) -> Tensor:
 
 def used_slots(candidates: Candidates) -> int:
     """How many of the first slots hold every candidate; at least one, also where logits were NaN and none is left."""
-    used = np.flatnonzero((candidates.log_p.numpy() > -np.inf).any(0))
+    kept = candidates.log_p.numpy() > -np.inf
+    if kept[:, -1].any():
+        return kept.shape[1]
+    used = np.flatnonzero(kept.any(0))
     return int(used[-1]) + 1 if len(used) else 1
 
 

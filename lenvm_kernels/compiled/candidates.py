@@ -1,4 +1,4 @@
-"""`build_candidates`: torch's softmax and top-k, then the host's sampling filters in one call."""
+"""`build_candidates`: torch's softmax, then the most probable tokens and the host's sampling filters on them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,29 @@ from torch import Tensor
 
 from lenvm.candidates import Candidates, SamplingRows
 from lenvm_kernels.compiled.common import NEG_INF, compiled
+
+MAX_SELECTED = 64
+"""Most tokens of a row that `select` keeps in order while it reads; torch's top-k takes more."""
+
+
+@compiled("Tuple((f4[:,::1], i8[:,::1]))(f4[:,:], i8)")
+def select(probabilities, count):
+    """The `count` largest of each row and their columns, [R, count] each; among equals the lower column."""
+    rows, columns = probabilities.shape
+    top, top_id = np.empty((rows, count), np.float32), np.zeros((rows, count), np.int64)
+    for r in range(rows):
+        top[r] = NEG_INF
+        least = top[r, count - 1]
+        for v in range(columns):
+            p = probabilities[r, v]
+            if p > least:
+                n = count - 1
+                while n > 0 and top[r, n - 1] < p:
+                    top[r, n], top_id[r, n] = top[r, n - 1], top_id[r, n - 1]
+                    n -= 1
+                top[r, n], top_id[r, n] = p, v
+                least = top[r, count - 1]
+    return top, top_id
 
 
 @compiled("Tuple((i8[:,::1], f4[:,::1], b1[:,::1]))(f4[:,:], i8[:,:], i8[:], f4[:], f4[:], i8[:,:], i8, i8, b1)")
@@ -57,7 +80,11 @@ def build_candidates(
     vocabulary = logits.shape[1]
     width = min(max_candidates, vocabulary)
     scaled = logits.float() if sampling.no_temperature else logits.float() / sampling.temperature[:, None]
-    top, top_id = torch.topk(torch.softmax(scaled, dim=-1), min(max(reach, width), vocabulary), dim=-1)
-    arrays = (top, top_id, sampling.top_k, sampling.top_p, sampling.min_p, stop_token_ids)
-    found = cut(*(a.numpy() for a in arrays), vocabulary, width, not sampling.unfiltered)
+    probabilities, count = torch.softmax(scaled, dim=-1), min(max(reach, width), vocabulary)
+    if count <= MAX_SELECTED:
+        top, top_id = select(probabilities.numpy(), count)
+    else:
+        top, top_id = (t.numpy() for t in torch.topk(probabilities, count, dim=-1))
+    arrays = (sampling.top_k, sampling.top_p, sampling.min_p, stop_token_ids)
+    found = cut(top, top_id, *(a.numpy() for a in arrays), vocabulary, width, not sampling.unfiltered)
     return Candidates(*map(torch.from_numpy, found))

@@ -15,7 +15,7 @@ from lenvm.bins import LengthBins
 from lenvm.candidates import Candidates
 from lenvm.definitions import decay_nats
 from lenvm.format import LenvmConfig
-from lenvm.guidance import Control, GuidanceRows, Mode, Scores, kernel_per_bin
+from lenvm.guidance import Control, GuidanceRows, Mode, Scores, kernel_per_bin, kernel_table
 from lenvm.lognormal import lognormal_log_q
 from lenvm_kernels.compiled.common import NEG_INF, compiled, keyed_gumbel, position_key
 from lenvm_kernels.results import Status, TiltSample
@@ -23,6 +23,7 @@ from lenvm_kernels.results import Status, TiltSample
 _AT_MOST, _AT_LEAST = int(Mode.AT_MOST), int(Mode.AT_LEAST)
 _NONE, _POSTERIOR, _HARD = int(Control.NONE), int(Control.POSTERIOR), int(Control.HARD)
 _SOFT, _BIAS = int(Control.SOFT), int(Control.BIAS)
+_MODES = len(Mode)
 _FLOOR, _LIMIT, _STEPS = core.FLOOR, core._TILT_LIMIT, core._TILT_STEPS
 _EMPTY, _BAD, _VANISHED = int(Status.EMPTY), int(Status.BAD_SCORES), int(Status.VANISHED)
 LENGTH, VALUE, EXPECTED_VALUE, KL = range(4)
@@ -96,17 +97,18 @@ def hard_choice(kept, stop, raw, token, z, wanted, mode):
 
 @compiled(
     "Tuple((f4[:,::1], i8[::1], i8[::1], f4[:,::1], i4[::1]))"
-    "(f4[:,:], i8[:,:], b1[:,:], f4[:,:], f4[:,:,:], f4[:], f4[:,:], f4[:], f8,"
+    "(f4[:,:], i8[:,:], b1[:,:], f4[:,:], f4[:,:,:], f4[:,:], b1, f4[:], f8,"
     " i8[:], i8[:], i8[:], i8[:], f4[:], f4[:], i8[:], b1[:])"
 )
 def guide_and_draw(
-    log_p, tokens, stops, z, q, at_zero, per_bin, means, decay,
+    log_p, tokens, stops, z, q, kernels, by_row, means, decay,
     modes, controls, targets, emitted, sharpness, biases, seeds, greedy,
 ):  # fmt: skip
-    """Rows [R] of candidates [R, K] with length probabilities [R, K, B]; `per_bin` [R, B] or `means` [B] may be empty,
+    """Rows [R] of candidates [R, K] with length probabilities [R, K, B]. `kernels` [..., 1 + B], the weight of a stop
+    token and of each bin, has a line for each row, or is `lenvm.guidance.kernel_table`. It or `means` [B] may be empty,
     if no row is a posterior's or no length of a distribution is wanted."""
     rows, slots = log_p.shape
-    bins, counted = per_bin.shape[1], len(means)
+    bins, counted, reach = kernels.shape[1] - 1, len(means), kernels.shape[0] // _MODES
     out = np.empty((rows, slots), np.float32)
     slot, chosen = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     statistics = np.zeros((4, rows), np.float32)
@@ -135,12 +137,13 @@ def guide_and_draw(
         vanished = False
         if steered and control == _POSTERIOR:
             most = 0.0
+            kernel = kernels[r if by_row else mode * reach + min(max(left + 1, 0), reach - 1)]
             for k in range(slots):
-                weight = at_zero[r] if kept[k] else 0.0
+                weight = kernel[0] if kept[k] else 0.0
                 if scored[k]:
                     weight, mass = 0.0, 0.0
                     for b in range(bins):
-                        weight += q[r, k, b] * per_bin[r, b]
+                        weight += q[r, k, b] * kernel[1 + b]
                         mass += q[r, k, b]
                     bad |= not mass < np.inf
                 most = max(most, weight)
@@ -228,15 +231,22 @@ def tilt_sample(
     means, decay = _tables(tuple(lenvm.bins), lenvm.gamma)
     if log_q is None or not lengths:
         means = _NOTHING[1]
-    at_zero, per_bin = guidance.sharpness, _NOTHING[2]  # not read
+    kernels, by_row = _NOTHING[2].numpy(), False
     if present is None or Control.POSTERIOR in present:
         log_q, bins = lognormal_log_q(scores.z, lenvm) if log_q is None else (log_q, lenvm.length_bins)
-        at_zero, per_bin = kernel_per_bin(guidance, bins)
-    q = log_q.exp() if log_q is not None and len(per_bin) + len(means) else _NOTHING[3]
+        by_row = bool(guidance.tolerance.numpy().any())
+        if by_row:
+            at_zero, per_bin = kernel_per_bin(guidance, bins)
+            kernels = torch.cat([at_zero[:, None], per_bin], dim=1).numpy()
+        else:
+            kernels = kernel_table(bins.centres)
+    q = log_q.exp() if log_q is not None and len(kernels) + len(means) else _NOTHING[3]
     g = guidance
-    arrays = (candidates.log_p, candidates.token_ids, candidates.is_stop, scores.z, q, at_zero, per_bin, means)
-    row_values = (g.mode, g.control, g.target, g.emitted, g.sharpness, g.bias, seed, greedy)
-    found = guide_and_draw(*(a.numpy() for a in arrays), decay, *(v.numpy() for v in row_values))
+    per_candidate = (candidates.log_p, candidates.token_ids, candidates.is_stop, scores.z, q)
+    per_row = (g.mode, g.control, g.target, g.emitted, g.sharpness, g.bias, seed, greedy)
+    found = guide_and_draw(
+        *(v.numpy() for v in per_candidate), kernels, by_row, means.numpy(), decay, *(v.numpy() for v in per_row)
+    )
     out, slot, chosen, statistics, status = map(torch.from_numpy, found)
     length, value, expected_value, kl = statistics.unbind(0)
     return TiltSample(out, slot, chosen, length if lengths else None, value, expected_value, kl, status)

@@ -18,4 +18,4 @@ def test_compiled() -> None:
 @pytest.mark.slow
 def test_planted_bugs() -> None:
     """Not compiled: a mutant would take some seconds, and Python runs the same lines."""
-    run_checks(17, f"{CHECKS}/check_compiled.py", "-k", "mutant or itself", NUMBA_DISABLE_JIT="1")
+    run_checks(18, f"{CHECKS}/check_compiled.py", "-k", "mutant or itself", NUMBA_DISABLE_JIT="1")

@@ -54,10 +54,14 @@ def batch() -> rows.Batch:
     return out
 
 
-@pytest.fixture(scope="module")
-def truths(batch: rows.Batch) -> list[rows.Truth]:
+def truths_of(batch: rows.Batch) -> list[rows.Truth]:
     pmf = rows.pmf_of(batch.lenvm)
     return [rows.truth(batch, r, pmf) for r in range(len(batch.seed))]
+
+
+@pytest.fixture(scope="module")
+def truths(batch: rows.Batch) -> list[rows.Truth]:
+    return truths_of(batch)
 
 
 def wrong(batch: rows.Batch, truths: list[rows.Truth], module: ModuleType) -> bool:
