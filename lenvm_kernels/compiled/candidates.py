@@ -68,7 +68,7 @@ def cut(top, top_id, top_k, top_p, min_p, stops, vocabulary, width, filtered):
             if keep:
                 mass += p[n]
                 log_p[r, n] = log(p[n])
-        for n in range(width):
+        for n in range(width if mass > 0.0 else 0):
             log_p[r, n] -= log(mass)
     return token_ids, log_p, is_stop
 
