@@ -251,16 +251,13 @@ class ValueWorker:
         tokens, slots = candidates.token_ids.flatten(), own.flatten()
         positions, shift = candidate_positions(sequence_lengths, place.shift, width)
         fed = None
-        if self.waits_for_nobody and width > 1:
+        if self.waits_for_nobody and width > 1 and not candidates.kept.all():
             kept = candidates.kept.clone()
             kept[:, 0] = True  # a row whose logits hold NaN has no candidate, and is fed one all the same
             fed = kept.flatten().nonzero()[:, 0]
-            if len(fed) == rows * width:
-                fed = None
-            else:
-                tokens, positions, slots = tokens[fed], positions[fed], slots[fed]
-                shift = None if shift is None else shift[fed]
-                own = own.masked_fill(~kept, 0)
+            tokens, positions, slots = tokens[fed], positions[fed], slots[fed]
+            shift = None if shift is None else shift[fed]
+            own = own.masked_fill(~kept, 0)
         self.candidates.prepare(place.slots, sequence_lengths, int(mirror.max()), own, fed)
         batch = decode_batch(tokens, positions, slots, shift)
         scores = self.runner.model.scores(self._forward(batch, self.candidates), value)

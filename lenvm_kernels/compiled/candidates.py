@@ -15,23 +15,23 @@ MAX_SELECTED = 64
 """Most tokens of a row that `select` keeps in order while it reads; torch's top-k takes more."""
 
 
-@compiled("Tuple((f4[:,::1], i8[:,::1]))(f4[:,:], i8)")
+@compiled("Tuple((f4[:,::1], i8[:,::1]))(f4[:,::1], i8)")
 def select(probabilities, count):
     """The `count` largest of each row and their columns, [R, count] each; among equals the lower column."""
     rows, columns = probabilities.shape
     top, top_id = np.empty((rows, count), np.float32), np.zeros((rows, count), np.int64)
     for r in range(rows):
-        top[r] = NEG_INF
-        least = top[r, count - 1]
+        row, best, best_id = probabilities[r], top[r], top_id[r]
+        best[:] = NEG_INF
+        least = best[count - 1]
         for v in range(columns):
-            p = probabilities[r, v]
-            if p > least:
+            if row[v] > least:
                 n = count - 1
-                while n > 0 and top[r, n - 1] < p:
-                    top[r, n], top_id[r, n] = top[r, n - 1], top_id[r, n - 1]
+                while n > 0 and best[n - 1] < row[v]:
+                    best[n], best_id[n] = best[n - 1], best_id[n - 1]
                     n -= 1
-                top[r, n], top_id[r, n] = p, v
-                least = top[r, count - 1]
+                best[n], best_id[n] = row[v], v
+                least = best[count - 1]
     return top, top_id
 
 
