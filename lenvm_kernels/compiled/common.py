@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable
 from math import log
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import config, njit
 
-from lenvm import sampler
+from lenvm import guidance, sampler
+from lenvm_kernels import results
 
 NEG_INF = -np.inf
-NO_TOKEN = 2**31 - 1
-"""Stands for "no token id"; above every vocabulary."""
 
 _WORD = (1 << 64) - 1
 _INCREMENT = np.uint64(sampler._INCREMENT & _WORD)
@@ -24,16 +26,34 @@ _11, _27, _30, _31 = np.uint64(11), np.uint64(27), np.uint64(30), np.uint64(31)
 Function = Callable[..., Any]
 
 
+def _folder() -> str:
+    """Where machine code is kept: a folder for these very sources. By itself numba looks at the age of a function's own
+    file, and would go on with code that holds another file's constants and functions as they were."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(here.glob("*.py")):
+        digest.update(path.read_bytes())
+    for module in (guidance, sampler, results):
+        digest.update(inspect.getsource(module).encode())
+    return str(Path(config.CACHE_DIR or here / "__pycache__") / f"numba-{digest.hexdigest()[:16]}")
+
+
+FOLDER = _folder()
+
+
 def compiled(*signature: str) -> Callable[[Function], Function]:
     """`numba.njit` with the machine code kept on disk, and the numbers of numpy: a division by zero is no exception.
 
     With a signature it is compiled (or read from the disk) right here, and not at the first call."""
 
     def decorate(function: Function) -> Function:
+        given, config.CACHE_DIR = config.CACHE_DIR, FOLDER
         try:
             return njit(*signature, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
         except RuntimeError:  # nowhere to keep it: neither the package's folder nor a user's is writable
             return njit(*signature, error_model="numpy")(function)  # type: ignore[no-any-return]
+        finally:
+            config.CACHE_DIR = given
 
     return decorate
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from tests.kernels.test_interpreted import CHECKS, run_checks
+from tests.kernels.test_interpreted import CHECKS, ROOT, run_checks
 
-pytest.importorskip("numba")
+NOWHERE = """
+from numba.core import caching
+caching.CacheImpl._locator_classes = []  # neither the package nor the user has a folder that can be written
+from lenvm_kernels.compiled.common import compiled
+add = compiled("i8(i8, i8)")(lambda a, b: a + b)
+assert add(2, 3) == 5 and not add.stats.cache_path, add.stats
+"""
 
 
 def test_compiled() -> None:
@@ -15,7 +26,25 @@ def test_compiled() -> None:
     run_checks(25, *files, "-k", chosen)
 
 
+def test_where_machine_code_cannot_be_kept_it_is_compiled_all_the_same() -> None:
+    done = subprocess.run([sys.executable, "-c", NOWHERE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_planted_bugs() -> None:
     """Not compiled: a mutant would take some seconds, and Python runs the same lines."""
     run_checks(18, f"{CHECKS}/check_compiled.py", "-k", "mutant or itself", NUMBA_DISABLE_JIT="1")
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_both_ways(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.csv"
+    command = [sys.executable, "benchmarks/kernels.py", "--cpu", "--repeats", "5", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["provider"] for row in rows} == {"ours", "eager"}
+    assert {row["name"].split()[0] for row in rows} == {"tilt_sample", "build_candidates"}
+    assert all(float(row["p50"]) > 0 for row in rows)
