@@ -90,7 +90,7 @@ def build_candidates(
 
     Filters act as SGLang's do: temperature, then top-k, top-p over the renormalised rest (the token that crosses the
     bound is kept), min-p relative to the most probable token; then the `max_candidates` most probable. Ties go to the
-    lower token id (with a `reach`, which of several equal tokens at its end get in is the device's choice).
+    lower token id, also at the end of `reach` and of the set: a row's candidates do not depend on its batch.
 
     Args:
         logits: [R, V] after penalties, bias and grammar; -inf for forbidden tokens.
@@ -109,26 +109,23 @@ def build_candidates(
     """
     vocabulary = logits.shape[-1]
     width = min(max_candidates, vocabulary)
-    scaled = logits.float() if sampling.no_temperature else logits.float() / sampling.temperature[:, None]
+    logits = logits.float()
     if ban_stop is not None or force_stop is not None:
         is_stop_token = _stop_mask(stop_token_ids, vocabulary)
-        allowed = scaled > -torch.inf
+        allowed = logits > -torch.inf
     if ban_stop is not None:
         rest = allowed & ~is_stop_token
         use = (ban_stop & rest.any(-1))[:, None]
-        scaled = scaled.masked_fill(use & is_stop_token, -torch.inf)
+        logits = logits.masked_fill(use & is_stop_token, -torch.inf)
     if force_stop is not None:
         stops = allowed & is_stop_token
         forced = force_stop & stops.any(-1)
-        scaled = scaled.masked_fill(forced[:, None] & ~is_stop_token, -torch.inf)
+        logits = logits.masked_fill(forced[:, None] & ~is_stop_token, -torch.inf)
 
     reach = vocabulary if reach is None else min(max(reach, width), vocabulary)
-    probabilities = torch.softmax(scaled, dim=-1)
-    _, order = torch.topk(probabilities, reach, dim=-1)
-    # first by id, then stably by probability: the lower token id wins a tie, whatever the device's top-k does
-    order = order.sort(dim=-1).values
-    sorted_p, by_p = torch.sort(probabilities.gather(-1, order), dim=-1, descending=True, stable=True)
-    order = order.gather(-1, by_p)
+    probabilities = torch.softmax(logits if sampling.no_temperature else logits / sampling.temperature[:, None], dim=-1)
+    order = most_likely(logits, reach)
+    sorted_p = probabilities.gather(-1, order)
     token_ids = order[:, :width]
     is_stop = (token_ids[..., None] == stop_token_ids[:, None, :]).any(-1)
     if sampling.unfiltered:
@@ -141,6 +138,23 @@ def build_candidates(
         keep &= sorted_p >= sampling.min_p[:, None] * sorted_p[:, :1]
     log_p = (within_k[:, :width] * keep[:, :width]).log()  # a probability of 0 is an empty slot by itself
     return Candidates(token_ids, torch.log_softmax(log_p, dim=-1), is_stop)
+
+
+def most_likely(logits: Tensor, count: int) -> Tensor:
+    """[R, count] int64 ids of each row's largest logits, the larger first and among equals the lower id.
+
+    A top-k of torch leaves it to the device which of several equal logits get in, and equal ones are common (forbidden
+    tokens, half precision). Does not synchronise.
+
+    Args:
+        logits: [R, V] float32.
+        count: at most V.
+    """
+    last = logits.shape[-1] - 1
+    bits = (logits + 0.0).view(torch.int32)  # -0 is 0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # order of the integers = order of the floats
+    key = (ordered.long() << 32) | torch.arange(last, -1, -1, device=logits.device)
+    return last - (key.topk(count, dim=-1).values & 0xFFFFFFFF)
 
 
 def keep_mass(candidates: Candidates, mass: float) -> Candidates:

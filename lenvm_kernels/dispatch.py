@@ -62,10 +62,10 @@ def build_candidates(
     """Cut the candidate sets of R rows; `lenvm.candidates.build_candidates` says what a candidate is.
 
     A top-k of torch and two launches, or a call of the compiled kernel. The reference is taken where `reach` is unknown
-    or above `MAX_REACH`, where a row may have more than `MAX_STOPS` stop tokens, and on a CPU for `length_strict`.
-    Triton's kernel orders tokens by their logits, the others by their float32 probabilities: where two of those round
-    to the same number, either may come first. A NaN logit makes its token impossible (without Triton the whole row); a
-    row without any possible token comes back empty (all log_p -inf).
+    or above `MAX_REACH`, and where a row may have more than `MAX_STOPS` stop tokens. All three order tokens by their
+    logits, equal ones by their id, and take the same, so that a row's candidates do not depend on its batch. A NaN
+    logit makes its token impossible (without Triton the whole row); a row without any possible token comes back empty
+    (all log_p -inf).
 
     Args:
         logits: [R, V] float after penalties, bias and grammar; -inf for forbidden tokens.
@@ -85,11 +85,11 @@ def build_candidates(
 
         assert reach is not None
         return fused.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
-    if uses_numba(logits) and covered and guidance is None:
+    if uses_numba(logits) and covered:
         from lenvm_kernels.compiled import candidates as compiled
 
         assert reach is not None
-        return compiled.build_candidates(logits, sampling, stop_token_ids, max_candidates, reach)
+        return compiled.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
     return reference.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
 
 

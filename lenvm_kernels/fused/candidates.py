@@ -1,6 +1,7 @@
 """`build_candidates`: the host's sampling filters on the most probable tokens, given by torch's top-k.
 
-Order does not depend on the temperature, so the top-k runs on the logits as they are. top-p without a top-k is relative
+Order does not depend on the temperature, so the top-k runs on the logits as they are. Of several equal logits at its end
+it takes any; `cut_kernel` then reads the row once more and takes those of the lowest ids. top-p without a top-k is relative
 to the whole vocabulary: `mass_kernel` sums it in one reading, split over programs, and leaves the stop tokens out,
 because whether they count is known only later; `cut_kernel` adds them. A row at its strict bound takes its candidates
 from the stop tokens instead of from the top-k.
@@ -19,6 +20,8 @@ from lenvm_kernels.fused.common import NEG_INF, NO_TOKEN, as_bytes, log_sum_exp,
 
 CHUNK = 8192
 """Logits that one program of `mass_kernel` sums."""
+_SCAN = tl.constexpr(4096)
+"""Logits that `lowest_ids` reads at a time."""
 
 _AT_MOST = tl.constexpr(int(Mode.AT_MOST))
 _AT_LEAST = tl.constexpr(int(Mode.AT_LEAST))
@@ -73,21 +76,44 @@ def sort_descending(value, token):
 
 
 @triton.jit
+def lowest_ids(LOGITS, TOP, TOP_ID, N, V):
+    """Of one row: put the lowest ids among the tokens that equal the last of the N most probable, in order, into TOP_ID,
+    if the top-k had to choose between them, which TOP [N + 1] shows."""
+    edge = tl.load(TOP + N - 1).to(tl.float32)
+    if (tl.load(TOP + N).to(tl.float32) == edge) & (edge > NEG_INF):
+        found = 0
+        while tl.load(TOP + found).to(tl.float32) != edge:
+            found += 1
+        start = 0
+        while (found < N) & (start < V):
+            v = start + tl.arange(0, _SCAN)
+            hit = tl.load(LOGITS + v, mask=v < V, other=NEG_INF).to(tl.float32) == edge
+            place = found + tl.cumsum(hit.to(tl.int32), 0) - 1
+            tl.store(TOP_ID + place, v.to(tl.int64), mask=hit & (place < N))
+            found += tl.sum(hit.to(tl.int32), 0)
+            start += _SCAN
+        tl.debug_barrier()  # other threads read what was written
+
+
+@triton.jit
 def cut_kernel(
     LOGITS, TOP, TOP_ID, MASS, STOPS, TEMPERATURE, TOP_K, TOP_P, MIN_P,
     MODE, CONTROL, TARGET, EMITTED, STRICT,
     TOKEN, LOG_P, IS_STOP,
     logits_row, stops_row, temperature_row, top_k_row, top_p_row, min_p_row,
     mode_row, control_row, target_row, emitted_row, strict_row,
-    V, S, N, PARTS, WIDTH,
+    V, S, N, TOP_ROW, PARTS, WIDTH,
     BLOCK_N: tl.constexpr, BLOCK_PARTS: tl.constexpr, BOUNDS: tl.constexpr, FILTERED: tl.constexpr,
+    TIES: tl.constexpr,
 ):  # fmt: skip
     """One row: its N most probable tokens, filtered, cut to WIDTH and normalised."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     inside = n < N
-    value = clean(tl.load(TOP + row * N + n, mask=inside, other=NEG_INF))
-    token = tl.load(TOP_ID + row * N + n, mask=inside, other=NO_TOKEN)
+    if TIES:
+        lowest_ids(LOGITS + row * logits_row, TOP + row * TOP_ROW, TOP_ID + row * TOP_ROW, N, V)
+    value = clean(tl.load(TOP + row * TOP_ROW + n, mask=inside, other=NEG_INF))
+    token = tl.load(TOP_ID + row * TOP_ROW + n, mask=inside, other=NO_TOKEN)
     temperature = tl.load(TEMPERATURE + row * temperature_row)
 
     # the row's own stop tokens, each once, in slots 0..S-1
@@ -163,7 +189,8 @@ def build_candidates(
     width = min(max_candidates, vocabulary)
     # a banned row loses up to all of its stop tokens
     count = min(max(reach, width) + (0 if guidance is None else stop_count), vocabulary)
-    top, top_id = torch.topk(logits, count, dim=-1)
+    # one more than is read shows whether its choice among equals matters
+    top, top_id = torch.topk(logits, min(count + 1, vocabulary), dim=-1)
     parts = triton.cdiv(vocabulary, CHUNK)
     device = logits.device
     mass = torch.empty(rows, parts, 2, dtype=torch.float32, device=device)
@@ -186,8 +213,8 @@ def build_candidates(
     cut_kernel[(rows,)](
         logits, top, top_id, mass, stops, *filters, *bounds, token_ids, log_p, is_stop,
         logits.stride(0), stops.stride(0), *(f.stride(0) for f in filters), *(b.stride(0) for b in bounds),
-        vocabulary, stop_count, count, parts, width,
+        vocabulary, stop_count, count, top.shape[1], parts, width,
         BLOCK_N=block, BLOCK_PARTS=triton.next_power_of_2(parts), BOUNDS=guidance is not None,
-        FILTERED=not sampling.unfiltered, num_warps=1 if block <= 64 else 4,
+        FILTERED=not sampling.unfiltered, TIES=count < vocabulary, num_warps=4,
     )  # fmt: skip
     return Candidates(token_ids=token_ids, log_p=log_p, is_stop=is_stop.view(torch.bool))

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lenvm.candidates import Candidates, SamplingRows, build_candidates, keep_mass, settle_sure_rows
+from lenvm.candidates import Candidates, SamplingRows, build_candidates, keep_mass, most_likely, settle_sure_rows
 
 VOCABULARY = 40
 
@@ -75,6 +75,20 @@ def cut(logits: list[float], **bounds: bool) -> dict[int, float]:
 
 def test_ties_go_to_the_lower_id() -> None:
     assert list(cut([0.0, 0.0, 0.0, 0.0, 0.0])) == [0, 1, 2]
+
+
+def test_which_of_several_equal_tokens_get_in_is_said() -> None:
+    """Whatever the device's top-k takes of them: forbidden tokens, rounded logits, both zeros."""
+    g = torch.Generator().manual_seed(7)
+    logits = (torch.randn(6, 500, generator=g) * 2).round()
+    logits[1], logits[2, 9:], logits[3, ::2] = 0.0, -math.inf, -math.inf
+    got = most_likely(logits, 20)
+    for row, found in zip(logits.tolist(), got.tolist(), strict=True):
+        assert found == sorted(range(500), key=lambda i: (-row[i], i))[:20]
+    stops = torch.tensor([[2, 11]]).repeat(6, 1)
+    off = settings_of([(0.7, 500, 1.0, 0.0)] * 6)
+    for reach in (6, 9, 400):
+        assert torch.equal(build_candidates(logits, off, stops, 6, reach=reach).token_ids, got[:, :6])
 
 
 def test_banned_and_forced_stops() -> None:

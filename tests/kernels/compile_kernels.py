@@ -33,7 +33,7 @@ CUT = {
     **dict.fromkeys(["MASS", "TEMPERATURE", "TOP_P", "MIN_P", "LOG_P"], "*fp32"),
     **{"LOGITS": "*bf16", "TOP": "*bf16", "STRICT": "*u8", "IS_STOP": "*u8"},
 }
-CUT_SIZES = {"BLOCK_N": 32, "BLOCK_PARTS": 32, "BOUNDS": True, "FILTERED": True}
+CUT_SIZES = {"BLOCK_N": 32, "BLOCK_PARTS": 32, "BOUNDS": True, "FILTERED": True, "TIES": True}
 MASS = {"LOGITS": "*bf16", "TEMPERATURE": "*fp32", "STOPS": "*i64", "MASS": "*fp32"}
 
 
@@ -62,7 +62,7 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = [
     tilt_case(64, True),
     tilt_case(16, False),
     ("build_candidates: mass", candidates.mass_kernel, MASS, {"CHUNK": candidates.CHUNK, "BLOCK": 1024}, 4, 1),
-    ("build_candidates: cut", candidates.cut_kernel, CUT, CUT_SIZES, 1, 1),
+    ("build_candidates: cut", candidates.cut_kernel, CUT, CUT_SIZES, 4, 1),
     *(
         (
             f"value_head {weights[1:]} weights",

@@ -77,7 +77,7 @@ def test_a_request_alone_is_the_same_in_a_full_batch(oracle: Server) -> None:
     asked = [
         ({"length_target": 7}, 1), ({"length_target": 12, "length_mode": "at_most"}, 2), (None, 0),
         ({"length_bias": -4.0}, 4), ({"length_target": 9, "length_control": "soft"}, 5),
-        ({"length_target": 15, "length_control": "hard"}, 6), ({"length_target": 11, "length_strict": True}, 7),
+        ({"length_target": 15, "length_control": "hard"}, 6), ({"length_target": 30, "length_strict": True}, 7),
     ]  # fmt: skip
 
     def one(case: Any) -> list[int]:

@@ -82,6 +82,36 @@ def test_strict_bounds_and_a_vocabulary_of_several_chunks(dtype: torch.dtype) ->
             assert torch.equal(got.is_stop[r][got.kept[r]], want.is_stop[r][want.kept[r]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_lowest_ids_whatever_else_is_in_the_batch(dtype: torch.dtype) -> None:
+    """Equal ones at the end of what is ordered: a row alone, among others of other settings, and as the core has it."""
+    g = torch.Generator().manual_seed(5)
+    count, vocabulary = 8, 9001
+    logits = (torch.randn(count, vocabulary, generator=g) * 1.5).round().to(dtype)
+    logits[1] = 0.0
+    logits[2, 7:] = -INF
+    logits[3, ::2] = -0.0
+    stops = torch.randint(0, vocabulary, (count, 2), generator=g)
+    sampling = core_tests.settings_of([(1.0, vocabulary, 1.0, 0.0), (0.7, 3, 0.9, 0.0)] * (count // 2))
+    strict = torch.tensor([False, True] * (count // 2))
+    guidance = GuidanceRows(
+        mode=torch.zeros(count, dtype=torch.int64), control=torch.ones(count, dtype=torch.int64),
+        target=torch.full((count,), 6), emitted=torch.arange(count), sharpness=torch.ones(count),
+        tolerance=torch.zeros(count), strict=strict, bias=torch.zeros(count),
+    )  # fmt: skip
+    got = build_candidates(logits, sampling, stops, 16, guidance, reach=16)
+    want = reference.build_candidates(logits, sampling, stops, 16, guidance, None)
+    for r in range(count):
+        row = slice(r, r + 1)
+        settings = core_tests.settings_of([(0.7, 3, 0.9, 0.0)] if r % 2 else [(1.0, vocabulary, 1.0, 0.0)])
+        bounds = guidance.select(torch.tensor([r])) if r % 2 else None
+        alone = build_candidates(logits[row], settings, stops[row], 16, bounds, reach=16)
+        wide = build_candidates(logits[row], settings, stops[row], 16, bounds, reach=100)
+        for found in (alone, wide):
+            assert as_dict(found, 0) == pytest.approx(as_dict(want, r), rel=1e-5), r
+            assert list(as_dict(found, 0)) == list(as_dict(got, r)) == list(as_dict(want, r)), r
+
+
 def cut(logits: list[float], strict: bool = False, mode: Mode = Mode.EQUAL_TO, left: int = 1) -> dict[int, float]:
     one = torch.tensor([1])
     guidance = GuidanceRows(
@@ -97,15 +127,19 @@ def cut(logits: list[float], strict: bool = False, mode: Mode = Mode.EQUAL_TO, l
     return results[0]
 
 
-def test_edges_of_the_cut() -> None:
+def test_edges_of_strict_bounds() -> None:
     no = -INF
-    assert list(cut([0.0] * 5)) == [0, 1, 2]  # ties to the lower id
     assert list(cut([1.0, 5.0, 0.5, 4.0, 0.2], strict=True)) == [0, 2, 4]
     assert list(cut([1.0, 5.0, 0.5, 4.0, 0.2], strict=True, left=0)) == [1, 3]
     assert list(cut([9.0, -50.0, 8.0, -60.0, 7.0], strict=True, left=0)) == [1, 3]  # outside the top-k
     assert list(cut([no, 1.0, no, no, no], strict=True)) == [1]  # a ban that cannot hold
     assert list(cut([1.0, no, 0.0, no, no], strict=True, left=0)) == [0, 2]  # a force that cannot
     assert list(cut([1.0, 5.0, 0.5, 4.0, 0.2], strict=True, mode=Mode.AT_MOST)) == [1, 3, 0]
+
+
+def test_edges_of_the_cut() -> None:
+    no = -INF
+    assert list(cut([0.0] * 5)) == [0, 1, 2]  # ties to the lower id
     assert list(cut([NAN, 1.0, 0.0, no, no])) == [1, 2]  # NaN is impossible
     assert cut([no] * 5) == {}
     assert list(cut([INF, 1.0, 0.0, no, no])) == [0]
