@@ -1,10 +1,10 @@
 """`build_candidates`: the host's sampling filters on the most probable tokens, given by torch's top-k.
 
-Order does not depend on the temperature, so the top-k runs on the logits as they are. Of several equal logits at its end
-it takes any; `cut_kernel` then reads the row once more and takes those of the lowest ids. top-p without a top-k is relative
-to the whole vocabulary: `mass_kernel` sums it in one reading, split over programs, and leaves the stop tokens out,
-because whether they count is known only later; `cut_kernel` adds them. A row at its strict bound takes its candidates
-from the stop tokens instead of from the top-k.
+Order does not depend on the temperature, so the top-k runs on the logits as they are. Of several equal logits at its
+end it takes any; `cut_kernel` then reads the row once more and takes those of the lowest ids. top-p without a top-k is
+relative to the whole vocabulary: `mass_kernel` sums it in one reading, split over programs, and leaves the stop tokens
+out, because whether they count is known only later; `cut_kernel` adds them. A row at its strict bound takes its
+candidates from the stop tokens instead of from the top-k.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def sort_descending(value, token):
 
 @triton.jit
 def lowest_ids(LOGITS, TOP, TOP_ID, N, V):
-    """Of one row: put the lowest ids among the tokens that equal the last of the N most probable, in order, into TOP_ID,
+    """Of one row: put the lowest ids among the tokens that equal the last of the N most probable into TOP_ID, in order,
     if the top-k had to choose between them, which TOP [N + 1] shows."""
     edge = tl.load(TOP + N - 1).to(tl.float32)
     if (tl.load(TOP + N).to(tl.float32) == edge) & (edge > NEG_INF):
