@@ -35,8 +35,11 @@ from benchmarks.inprocess import InProcess, quiet
 from benchmarks.pairs import make_pair
 
 FIELDS = {"posterior": {"length_target": 4096}, "bias": {"length_bias": -2.0}, "values": {"return_length_values": True}}
-KERNELS = {"build_candidates": 3, "value_head": 2, "lookahead_scores": 2, "tilt_sample": 1}
-"""Launches of each: top-k and two kernels; a kernel and the sum of its parts; two kernels; a kernel."""
+KERNELS = {"place_candidates": 1, "build_candidates": 2, "masses": 1, "lookahead_scores": 2, "tilt_sample": 1}
+"""Launches of each: a kernel; top-k and a kernel, and one more (`masses`) where a row has a top-k, top-p or min-p; two
+kernels; a kernel."""
+HEAD = 2
+"""Of `value_head`, which belongs to the forward: a kernel and the sum of its parts."""
 PICKS = {"index", "index_select", "gather", "embedding"}
 PUTS = {"index_put_", "_index_put_impl_", "index_copy_", "scatter_"}
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
@@ -95,6 +98,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             with self.phase(phase):
                 if count:
                     self.now[count] += 1
+                    self.now["masses"] += count == "build_candidates" and not args[1].unfiltered
                 if tokens:
                     self.now["tokens"] += args[0].input_ids.shape[0]
                 return function(*args, **kwargs)
@@ -122,6 +126,7 @@ def moved(name: str, args: Any, kwargs: Any, out: Any) -> int:
 def recording(engine: InProcess) -> Iterator[Recorder]:
     """Take hold of the plug-in's and the kernels' functions."""
     from lenvm_sglang import lookahead, model, processor
+    from lenvm_sglang import worker as worker_module
 
     recorder = Recorder()
     worker, steering = engine.worker, engine.processor
@@ -135,7 +140,12 @@ def recording(engine: InProcess) -> Iterator[Recorder]:
             stack.enter_context(engine.replaced(worker, "_forward", forward))
             scores = recorder.wrapped(worker.runner.model.scores, "heads")
             stack.enter_context(engine.replaced(worker.runner.model, "scores", scores))
+            plan = getattr(worker.candidates, "init_forward_metadata", None)
+            if plan is not None:  # the host's attention belongs to its forward
+                plan = recorder.wrapped(plan, "value")
+                stack.enter_context(engine.replaced(worker.candidates, "init_forward_metadata", plan))
         for module, name in (
+            (worker_module, "place_candidates"),
             (processor, "build_candidates"),
             (processor, "tilt_sample"),
             (model, "value_head"),
@@ -209,6 +219,7 @@ def report(table: Table, engine: InProcess, provider: str, kind: str, rows: int,
     ours, value, heads, kernels = (recorder.counts[p] for p in ("ours", "value", "heads", "kernels"))
     replaced = provider != "ours" or torch.cuda.is_available()
     launches = ours["launches"] + (sum(KERNELS[k] * kernels[k] for k in KERNELS) if replaced else kernels["launches"])
+    head = HEAD * kernels["value_head"] if replaced else 0
     found = {
         "value forwards": value["forwards"] / steps,
         "value tokens per row": value["tokens"] / steps / rows,
@@ -217,7 +228,7 @@ def report(table: Table, engine: InProcess, provider: str, kind: str, rows: int,
         "waits of the host's attention": value["waits"] / steps,
         "launches of ours outside the value forward": launches / steps,
         "launches of the host's sampler": recorder.counts["sampler"]["launches"] / steps,
-        "launches of the value forward": (value["launches"] + heads["launches"]) / steps,
+        "launches of the value forward": (value["launches"] + heads["launches"] + head) / steps,
         "bytes of ours per token": (ours["bytes"] + kernels["bytes"]) / steps / rows,
         "bytes of the value forward per token": (value["bytes"] + heads["bytes"]) / steps / rows,
     }

@@ -1,16 +1,19 @@
 """The guidance step in a handful of launches: Triton kernels for what surrounds the value model's forward.
 
-Four functions, each with the core's plain torch as its reference: `build_candidates` (cut the candidate sets),
-`value_head` (hidden states to z), `lookahead_scores` (hidden states to the scores of candidates that nobody read) and
-`tilt_sample` (guide, draw, report). On a CPU the first and the last are compiled by numba. `lenvm_kernels.dispatch`
-picks the kernel or the reference. Imports without Triton and numba; knows no host.
+Five functions, each with plain torch as its reference: `place_candidates` (where candidates will stand, and the KV of
+the last choice), `build_candidates` (cut the candidate sets), `value_head` (hidden states to z), `lookahead_scores`
+(hidden states to the scores of candidates that nobody read) and `tilt_sample` (guide, draw, write, report). On a CPU
+`build_candidates` and `tilt_sample` are compiled by numba. `lenvm_kernels.dispatch` picks the kernel or the reference.
+Imports without Triton and numba; knows no host.
 """
 
 from __future__ import annotations
 
+from lenvm_kernels.buffers import CandidateRows, DrawBuffers, Keep, RequestTables, SlotBuffers
 from lenvm_kernels.dispatch import (
     build_candidates,
     lookahead_scores,
+    place_candidates,
     prepare,
     tilt_sample,
     uses_numba,
@@ -20,10 +23,16 @@ from lenvm_kernels.dispatch import (
 from lenvm_kernels.results import Status, TiltSample
 
 __all__ = [
+    "CandidateRows",
+    "DrawBuffers",
+    "Keep",
+    "RequestTables",
+    "SlotBuffers",
     "Status",
     "TiltSample",
     "build_candidates",
     "lookahead_scores",
+    "place_candidates",
     "prepare",
     "tilt_sample",
     "uses_numba",

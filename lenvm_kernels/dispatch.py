@@ -20,6 +20,7 @@ from lenvm.format import LenvmConfig
 from lenvm.guidance import Control, GuidanceRows, Scores
 from lenvm.heads import LookaheadHead, ValueHead
 from lenvm_kernels import reference
+from lenvm_kernels.buffers import CandidateRows, DrawBuffers, Keep, RequestTables
 from lenvm_kernels.results import TiltSample
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -93,6 +94,40 @@ def build_candidates(
     return reference.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
 
 
+def place_candidates(
+    lengths: Tensor,
+    start: Tensor,
+    pool_rows: Tensor,
+    scratch: Tensor,
+    tables: RequestTables,
+    longest: int,
+    keep: Keep | None = None,
+) -> CandidateRows:
+    """Where the K candidates of R rows will stand, and the KV of those chosen last: what a step can do before it knows
+    the logits. One launch.
+
+    A candidate's row of `tables.virtual` is written up to its sequence's length, then the candidate's own slot; what
+    lies behind is left alone, or overwritten with slots that nobody reads.
+
+    Args:
+        lengths: [R] int32 or int64 tokens of each sequence.
+        start: [R] int64 tokens before the first that the target counts.
+        pool_rows: [R] int64 rows of the host's request pool.
+        scratch: [R, K] int64 slots of the candidates.
+        tables: the host's request table and ours.
+        longest: at least the largest of `lengths`, on the host.
+        keep: the candidates chosen last, whose KV is moved first.
+
+    Returns:
+        CandidateRows.
+    """
+    if uses_triton(lengths) and scratch.numel() > 0:
+        from lenvm_kernels.fused import place as fused
+
+        return fused.place_candidates(lengths, start, pool_rows, scratch, tables, longest, keep)
+    return reference.place_candidates(lengths, start, pool_rows, scratch, tables, longest, keep)
+
+
 def value_head(hidden: Tensor, head: ValueHead) -> Tensor:
     """z of hidden states (Eq. 7), for inference: two launches, and the hidden layer is never written to memory.
 
@@ -161,6 +196,7 @@ def tilt_sample(
     present: Collection[Control] | None = None,
     statistics: bool = True,
     lengths: bool = True,
+    into: DrawBuffers | None = None,
 ) -> TiltSample:
     """Guide and draw R rows, each after its own rule: `lenvm.guidance.guide`, then `lenvm.sampler.draw`.
 
@@ -180,6 +216,7 @@ def tilt_sample(
         present: the controls that occur in `guidance`, where the host knows them.
         statistics: also give value, expected value, KL to the base and status (free in the kernels).
         lengths: also give the predicted remaining length (free in Triton's kernel).
+        into: where the tokens and slots drawn are written, in the same launch.
 
     Returns:
         TiltSample.
@@ -188,9 +225,9 @@ def tilt_sample(
     if uses_triton(candidates.log_p) and 0 < slots <= MAX_CANDIDATES and rows > 0:
         from lenvm_kernels.fused import tilt as fused
 
-        return fused.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present)
+        return fused.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, into)
     if uses_numba(candidates.log_p) and slots > 0:
         from lenvm_kernels.compiled import tilt as compiled
 
-        return compiled.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, lengths)
-    return reference.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, statistics, lengths)
+        return compiled.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, lengths, into)
+    return reference.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, statistics, lengths, into)

@@ -15,6 +15,7 @@ from lenvm.heads import LookaheadHead
 from lenvm.lognormal import lognormal_log_q
 from lenvm.lookahead import scores_from_distribution
 from lenvm.sampler import draw
+from lenvm_kernels.buffers import CandidateRows, DrawBuffers, Keep, RequestTables
 from lenvm_kernels.results import Status, TiltSample
 
 
@@ -29,6 +30,28 @@ def build_candidates(
     """`lenvm.candidates.build_candidates` under the strict bounds of `guidance`."""
     ban, force = (None, None) if guidance is None else strict_bounds(guidance)
     return core.build_candidates(logits, sampling, stop_token_ids, max_candidates, ban, force, reach)
+
+
+def place_candidates(
+    lengths: Tensor,
+    start: Tensor,
+    pool_rows: Tensor,
+    scratch: Tensor,
+    tables: RequestTables,
+    longest: int,
+    keep: Keep | None,
+) -> CandidateRows:
+    """Operator by operator; of the tables also what lies behind a row's own length is copied."""
+    rows, width = scratch.shape
+    if keep is not None:
+        source, target = keep.chosen[pool_rows], keep.target.long()
+        for buffer in keep.kv.buffers:
+            buffer.index_copy_(0, target, buffer.index_select(0, source))
+    positions = lengths.long()[:, None].expand(rows, width).reshape(-1)
+    virtual = tables.virtual[: rows * width]
+    virtual.view(rows, width, -1)[..., :longest] = tables.requests[pool_rows, None, :longest]
+    virtual.scatter_(1, positions[:, None], scratch.reshape(-1, 1).to(virtual.dtype))
+    return CandidateRows(positions, positions + 1, lengths - start)
 
 
 def lookahead_scores(
@@ -49,6 +72,7 @@ def tilt_sample(
     present: Collection[Control] | None,
     statistics: bool,
     lengths: bool,
+    into: DrawBuffers | None = None,
 ) -> TiltSample:
     """`guide`, `draw` and `predicted_lengths`, and the statistics of the result."""
     log_p, fell_back = guide_rows(candidates, scores, guidance, lenvm, present)
@@ -60,6 +84,7 @@ def tilt_sample(
         return values.gather(1, index)[:, 0]
 
     out = TiltSample(log_p, slot, chosen(candidates.token_ids))
+    write_draw(into, out)
     if lengths:
         taken = Candidates(*(chosen(t)[:, None] for t in (candidates.token_ids, candidates.log_p, candidates.is_stop)))
         log_q = None if scores.length_log_q is None else chosen(scores.length_log_q)[:, None]
@@ -80,6 +105,19 @@ def tilt_sample(
         kl=kl.float(),
         status=_status(candidates, scores, guidance, lenvm, fell_back),
     )
+
+
+def write_draw(into: DrawBuffers | None, sample: TiltSample) -> None:
+    """Make the rows one-hot in their tokens, and note the slots of the candidates drawn."""
+    if into is None:
+        return
+    if into.rows is None:
+        into.logits.fill_(-torch.inf).scatter_(1, sample.token_id[:, None], 0.0)
+    else:
+        into.logits.index_fill_(0, into.rows, -torch.inf)
+        into.logits[into.rows, sample.token_id] = 0.0
+    if into.chosen is not None:
+        into.chosen.index_copy_(0, into.pool_rows, into.scratch.gather(1, sample.slot[:, None])[:, 0])
 
 
 def _status(

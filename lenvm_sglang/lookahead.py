@@ -20,13 +20,14 @@ from lenvm.candidates import Candidates
 from lenvm.format import LenvmConfig, read_lenvm_config
 from lenvm.guidance import Scores
 from lenvm.heads import LookaheadHead
-from lenvm_kernels import lookahead_scores
+from lenvm_kernels import DrawBuffers, lookahead_scores
 from lenvm_sglang.attention import SharedPrefixBackend
+from lenvm_sglang.batches import decode_batch
 from lenvm_sglang.rows import LengthRows, Place, Places, Read
 from lenvm_sglang.settings import Settings, local_directory
 from lenvm_sglang.state import RowTable, to_device
 from lenvm_sglang.versions import bind_slots
-from lenvm_sglang.worker import ValueWorker, decode_batch, describe, plain_attention
+from lenvm_sglang.worker import ValueWorker, describe, plain_attention
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +99,12 @@ class LookaheadWorker(ValueWorker):
         """The value model's states [R, H] after the token that each row was just fed."""
         slots, lengths = place.slots, place.take(batch.seq_lens).long()
         new = place.take(batch.out_cache_loc).long()
-        token = decode_batch(place.take(batch.input_ids), lengths - 1, new, place.shift)
+        token = decode_batch(place.take(batch.input_ids), lengths - 1, lengths, new, place.shift)
         if isinstance(self.candidates, SharedPrefixBackend):
             mirror = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
             self.candidates.prepare(slots, lengths - 1, int(mirror[rows.index].max()), token.out_cache_loc[:, None])
         else:
-            token.req_pool_indices, token.seq_lens = slots, lengths
+            token.req_pool_indices = slots
             if batch.seq_lens_cpu is not None:
                 token.seq_lens_cpu = batch.seq_lens_cpu[rows.index]
                 token.seq_lens_sum = int(token.seq_lens_cpu.sum())
@@ -111,15 +112,17 @@ class LookaheadWorker(ValueWorker):
             self.candidates.init_forward_metadata(token)
         return self._forward(token, self.candidates)
 
-    def score(
-        self, place: Place, sequence_lengths: Tensor, mirror: Tensor, candidates: Candidates, value: bool = True
-    ) -> Scores:
+    def score(self, batch: Any, place: Place, candidates: Candidates, value: bool = True) -> Scores:
         """Scores of the states after each candidate, [R, K], from the states before them: nothing is fed."""
         assert self.ahead is not None
         self.scored_rows += len(place.slots)
         return self.ahead.scores(place.slots, candidates, value)
 
-    def remember(self, place: Place, choice: Tensor | None) -> None:
+    def draw_buffers(self, place: Place, logits: Tensor) -> DrawBuffers:
+        """Where a draw of the rows goes: their logits [B, V]. The next `follow` reads the token itself."""
+        return super().draw_buffers(place, logits)._replace(chosen=None)
+
+    def remember_first(self, place: Place) -> None:
         """The next `follow` reads the token; there is nothing to remember."""
 
 
@@ -202,14 +205,20 @@ class AttachedWorker:
         """Raises: RuntimeError, always: states behind a sequence's tokens are not kept (`/lenvm/values` is refused)."""
         raise RuntimeError("lenvm: an attached head scores candidates, not the states of a sequence.")
 
-    def score(
-        self, place: Place, sequence_lengths: Tensor, mirror: Tensor, candidates: Candidates, value: bool = True
-    ) -> Scores:
+    def score(self, batch: Any, place: Place, candidates: Candidates, value: bool = True) -> Scores:
         """Scores of the states after each candidate, [R, K], from the base's states before them."""
         self.scored_rows += len(place.slots)
         return self.ahead.scores(place.slots, candidates, value)
 
-    def remember(self, place: Place, choice: Tensor | None) -> None:
+    def emitted(self, batch: Any, place: Place) -> Tensor:
+        """[R] tokens that the rows' targets have counted before this step's."""
+        return place.emitted(batch)
+
+    def draw_buffers(self, place: Place, logits: Tensor) -> DrawBuffers:
+        """Where a draw of the rows goes: their logits [B, V]."""
+        return DrawBuffers(logits, None if place.whole else place.index, None, place.slots, place.scratch)
+
+    def remember_first(self, place: Place) -> None:
         """There is no KV to keep."""
 
 

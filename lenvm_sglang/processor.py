@@ -175,8 +175,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         worker, batch = self.worker, step.batch
         place = worker.places.find(batch, rows)
         parameters = place.parameters
-        lengths = place.take(batch.seq_lens)
-        guidance = parameters.at(lengths)
+        guidance = parameters.after(worker.emitted(batch, place))
         logits = place.take(step.logits)
         step.index = place.index
         if step.wants_logprobs:
@@ -198,7 +197,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             # With no device to wait for, narrow the forward to the slots that any row uses.
             candidates = scored = narrow(candidates, used_slots(candidates))
         by_value = not place.present.isdisjoint(BY_VALUE)
-        scores = worker.score(place, lengths, host_lengths(batch, place, worker), scored, by_value)
+        scores = worker.score(batch, place, scored, by_value)
         present = place.present
         if thinking:
             present = present | {Control.NONE}  # what `aim` releases
@@ -217,16 +216,11 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             present,
             statistics=self.metrics is not None,
             lengths=place.reported is not None,
+            into=worker.draw_buffers(place, step.logits),
         )
         if self.metrics is not None:
             assert sample.status is not None
             step.outputs.append(FallbackOutput(self.metrics, sample.status))
-        if place.whole:
-            step.logits.fill_(-torch.inf).scatter_(1, sample.token_id[:, None], 0.0)
-        else:
-            step.logits.index_fill_(0, place.index, -torch.inf)
-            step.logits[place.index, sample.token_id] = 0.0
-        worker.remember(place, sample.slot)
         self._report(step, place, sample.length)
 
     def _fewer(self, candidates: Candidates, parameters: RowParameters, guidance: GuidanceRows) -> Candidates:
@@ -257,9 +251,8 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             log_p=torch.zeros(token.shape, device=token.device),
             is_stop=(place.parameters.stop_token_ids == token).any(-1, keepdim=True),
         )
-        mirror = host_lengths(batch, place, worker)
-        scores = worker.score(place, place.take(batch.seq_lens), mirror, candidates, value=False)
-        worker.remember(place, None)
+        scores = worker.score(batch, place, candidates, value=False)
+        worker.remember_first(place)
         self._report(step, place, predicted_lengths(candidates, scores, worker.lenvm)[:, 0])
 
     @staticmethod
@@ -300,14 +293,3 @@ def narrow(candidates: Candidates, width: int) -> Candidates:
     if width == candidates.log_p.shape[1]:
         return candidates
     return Candidates(candidates.token_ids[:, :width], candidates.log_p[:, :width], candidates.is_stop[:, :width])
-
-
-def host_lengths(batch: Any, place: Place, worker: ValueWorker | AttachedWorker) -> Tensor:
-    """[R] at least as many tokens as each row has read: the host's mirror of the sequence lengths, or, where it keeps
-    none, all that a sequence may have."""
-    mirror = batch.seq_lens_cpu
-    if mirror is None and worker.waits_for_nobody:
-        mirror = batch.seq_lens
-    if mirror is None:
-        return torch.full((len(place.states),), worker.base.model_config.context_len - 1)
-    return mirror if place.whole else mirror[place.host_index]

@@ -108,6 +108,10 @@ class Place:
         """These rows of a tensor whose first dimension is the batch."""
         return batch_rows if self.whole else batch_rows[self.index]
 
+    def emitted(self, batch: Any) -> Tensor:
+        """[R] int64 tokens that the rows' targets have counted, of a batch before it draws."""
+        return self.take(batch.seq_lens) - self.parameters.start
+
 
 class Places:
     """The places of recent batches, because a batch of the same rows keeps its place from step to step.

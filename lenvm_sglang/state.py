@@ -129,9 +129,9 @@ class RowParameters(NamedTuple):
     start: Tensor  # [R] int64 tokens before the first that the target counts
     think_end: Tensor  # [R] int64, the end tag where the target counts the thinking, -1 elsewhere
 
-    def at(self, sequence_lengths: Tensor) -> GuidanceRows:
-        """What the rows ask for when their sequences are `sequence_lengths` [R] tokens long."""
-        return replace(self.guidance, emitted=sequence_lengths - self.start)
+    def after(self, emitted: Tensor) -> GuidanceRows:
+        """What the rows ask for when their targets have counted `emitted` [R] tokens."""
+        return replace(self.guidance, emitted=emitted)
 
 
 class RowTable:

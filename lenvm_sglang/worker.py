@@ -3,7 +3,7 @@
 KV bookkeeping in one paragraph. The value model's KV pool is addressed by the **base model's slot ids**, so prefix
 reuse, chunked prefill, retraction and abort need no bookkeeping of ours: whatever slot the host gives a token, the
 value KV of that token lives in the same slot. Behind them lie scratch slots, K for each row of the host's request pool.
-A candidate forward writes the KV of a row's K candidates there; `remember` notes which one was chosen, and when the
+A candidate forward writes the KV of a row's K candidates there; `chosen` notes the slot of the one drawn, and when the
 host feeds that token in its next step, `follow` copies the KV to the slot the token got. Requests with length fields
 have a radix-tree namespace of their own (`lenvm_sglang.admission`), so that a reused prefix always has value KV, and
 requests without length fields are neither prefilled nor scored here.
@@ -18,18 +18,20 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lenvm.candidates import Candidates
 from lenvm.format import LenvmConfig, read_lenvm_config
 from lenvm.guidance import Scores
+from lenvm_kernels import CandidateRows, DrawBuffers, Keep, RequestTables, SlotBuffers, place_candidates
 from lenvm_sglang.attention import SharedPrefixBackend
+from lenvm_sglang.batches import candidate_positions, decode_batch, select_rows
 from lenvm_sglang.model import reads_images, register_architecture
-from lenvm_sglang.rows import LengthRows, Place, Places, Read, Seen
+from lenvm_sglang.rows import LengthRows, Place, Places, Read
 from lenvm_sglang.settings import Settings, StartError
 from lenvm_sglang.state import RowTable, to_device
 from lenvm_sglang.versions import bind_slots
@@ -47,6 +49,19 @@ MOST_REQUESTS = 4096
 
 SLOT_BACKENDS = ("flashinfer", "triton", "fa3", "torch_native")
 """The host's attention backends that address KV by the slot, or take a page size of 1 whatever the base model's is."""
+
+
+class Placed(NamedTuple):
+    """The candidate rows of one step, in the request table of `ValueWorker.virtual`."""
+
+    batch: Any
+    place: Place
+    width: int
+    rows: CandidateRows
+
+    def holds(self, batch: Any, place: Place) -> bool:
+        """Whether it is of these rows in this step."""
+        return self.batch is batch and self.place is place
 
 
 class ValueWorker:
@@ -144,6 +159,8 @@ class ValueWorker:
         scratch = scratch.view(self.request_rows, self.scratch_width)
         self.places = Places(RowTable(self.request_rows, device), scratch, self.width, self.vocabulary)
         self.chosen = torch.zeros(self.request_rows, dtype=torch.int64, device=device)
+        scales = [b for name in ("k_scale_buffer", "v_scale_buffer") for b in getattr(self.pool, name, None) or ()]
+        self.kv = SlotBuffers([*self.pool.k_buffer, *self.pool.v_buffer, *scales])
         self.waits_for_nobody = device.type == "cpu"
         logger.info(
             "lenvm: value KV pool of %d slots (%d of them scratch), %.1f MB",
@@ -166,6 +183,7 @@ class ValueWorker:
         runner.init_attention_backends()
         self.sequences, self.sequence_slots = runner.attn_backend, runner.kv_index_translator
         self.virtual: Tensor | None = None
+        self._placed: Placed | None = None
         self._build_candidate_backend()
 
     def _build_candidate_backend(self) -> None:
@@ -203,8 +221,15 @@ class ValueWorker:
         """
         if batch.forward_mode.is_decode():
             place = self.places.step(batch, rows)
-            self._keep(self.chosen[place.slots], place.take(batch.out_cache_loc).long())
+            keep = Keep(self.kv, self.chosen, place.take(batch.out_cache_loc))
+            alike = len(set(rows.steered)) == 1  # otherwise steered and watched rows are scored apart
+            if alike and self._fits(place) and not self.waits_for_nobody:
+                self._placed = self._place(batch, place, self.width if rows.steered[0] else 1, keep)
+            else:
+                self._placed = None
+                self._keep(place, keep)
             return None
+        self._placed = None
         index = to_device(rows.index, torch.int64, batch.seq_lens.device)
         self.places.write(batch.req_pool_indices[index].long(), rows.states)
         part = select_rows(batch, rows.index, index)
@@ -214,29 +239,57 @@ class ValueWorker:
         hidden = self._forward(part, self.sequences)
         return Read(hidden, list(part.extend_prefix_lens_cpu), list(part.extend_seq_lens_cpu))
 
-    def _keep(self, source: Tensor, target: Tensor) -> None:
-        """Copy the value KV of slots `source` [R] to slots `target` [R], in every layer."""
+    def _fits(self, place: Place) -> bool:
+        return self.virtual is not None and place.scratch.numel() <= VIRTUAL_ROWS
+
+    def _place(self, batch: Any, place: Place, width: int, keep: Keep | None) -> Placed:
+        """Put `width` candidates of each row into our request table; first give the last chosen ones their slots."""
+        lengths, longest = place.take(batch.seq_lens), int(self.host_lengths(batch, place).numpy().max())
+        here = lengths, place.parameters.start, place.slots, place.scratch[:, :width]
+        return Placed(batch, place, width, place_candidates(*here, self._tables(), longest, keep))
+
+    def _tables(self) -> RequestTables:
+        assert self.virtual is not None
+        return RequestTables(self.base.req_to_token_pool.req_to_token, self.virtual)
+
+    def _keep(self, place: Place, keep: Keep) -> None:
+        """Give the candidates chosen last the slots of their tokens, in every layer."""
+        source, target = self.chosen[place.slots], keep.target.long()
         if not self.waits_for_nobody:
             self.pool.move_kv_cache(target, source)
             return
-        for cache in (*self.pool.k_buffer, *self.pool.v_buffer):
-            cache.index_copy_(0, target, cache.index_select(0, source))
+        for buffer in self.kv.buffers:
+            buffer.index_copy_(0, target, buffer.index_select(0, source))
+
+    def emitted(self, batch: Any, place: Place) -> Tensor:
+        """[R] tokens that the rows' targets have counted before this step's."""
+        placed = self._placed
+        if placed is not None and placed.holds(batch, place):
+            return placed.rows.emitted
+        return place.emitted(batch)
+
+    def host_lengths(self, batch: Any, place: Place) -> Tensor:
+        """[R] at least as many tokens as each row has read: the host's mirror of the sequence lengths, or, where it
+        keeps none, all that a sequence may have."""
+        mirror = batch.seq_lens_cpu
+        if mirror is None and self.waits_for_nobody:
+            mirror = batch.seq_lens
+        if mirror is None:
+            return torch.full((len(place.states),), self.base.model_config.context_len - 1)
+        return mirror if place.whole else mirror[place.host_index]
 
     def scores(self, read: Read, index: Sequence[int]) -> Scores:
         """Scores of the states after the tokens `index` of a prefill, [len(index)]."""
         return self.runner.model.scores(read.hidden[to_device(list(index), torch.int64, read.hidden.device)])
 
-    def score(
-        self, place: Place, sequence_lengths: Tensor, mirror: Tensor, candidates: Candidates, value: bool = True
-    ) -> Scores:
+    def score(self, batch: Any, place: Place, candidates: Candidates, value: bool = True) -> Scores:
         """Scores of the states after each candidate, from one forward; their KV stays in scratch.
 
         On the CPU, where asking which slots hold a candidate waits for nobody, only those are fed; elsewhere all.
 
         Args:
-            place: R rows.
-            sequence_lengths: [R] tokens read so far.
-            mirror: [R] at least as many, on the host.
+            batch: the host's forward batch.
+            place: R rows of it.
             candidates: [R, K'] with K' <= K.
             value: whether z is wanted.
 
@@ -246,8 +299,8 @@ class ValueWorker:
         rows, width = candidates.token_ids.shape
         self.scored_rows += rows
         if self.virtual is not None:
-            return self._score_in_parts(place, sequence_lengths, mirror, candidates.token_ids, value)
-        own = place.scratch[:, :width]
+            return self._score_in_parts(batch, place, candidates.token_ids, value)
+        own, sequence_lengths = place.scratch[:, :width], place.take(batch.seq_lens)
         tokens, slots = candidates.token_ids.flatten(), own.flatten()
         positions, shift = candidate_positions(sequence_lengths, place.shift, width)
         fed = None
@@ -258,9 +311,10 @@ class ValueWorker:
             tokens, positions, slots = tokens[fed], positions[fed], slots[fed]
             shift = None if shift is None else shift[fed]
             own = own.masked_fill(~kept, 0)
-        self.candidates.prepare(place.slots, sequence_lengths, int(mirror.max()), own, fed)
-        batch = decode_batch(tokens, positions, slots, shift)
-        scores = self.runner.model.scores(self._forward(batch, self.candidates), value)
+        longest = int(self.host_lengths(batch, place).numpy().max())
+        self.candidates.prepare(place.slots, sequence_lengths, longest, own, fed)
+        forward = decode_batch(tokens, positions, positions + 1, slots, shift)
+        scores = self.runner.model.scores(self._forward(forward, self.candidates), value)
 
         def spread(x: Tensor) -> Tensor:
             if fed is not None:
@@ -269,54 +323,46 @@ class ValueWorker:
 
         return Scores(spread(scores.z), None if scores.length_log_q is None else spread(scores.length_log_q))
 
-    def _score_in_parts(
-        self, place: Place, sequence_lengths: Tensor, mirror: Tensor, token_ids: Tensor, value: bool
-    ) -> Scores:
+    def _score_in_parts(self, batch: Any, place: Place, token_ids: Tensor, value: bool) -> Scores:
         """Through the host's backend, `VIRTUAL_ROWS` candidates at a time."""
-        width = token_ids.shape[1]
-        step = VIRTUAL_ROWS // width
-        parts = [
-            self._score_part(
-                place.slots[part],
-                place.scratch[part, :width],
-                None if place.shift is None else place.shift[part],
-                sequence_lengths[part],
-                mirror[part],
-                token_ids[part],
-                value,
-            )
-            for part in (slice(i, i + step) for i in range(0, len(token_ids), step))
-        ]
-        if len(parts) == 1:
-            return parts[0]
+        rows, width = token_ids.shape
+        mirror = self.host_lengths(batch, place)
+        placed = self._placed
+        if rows * width <= VIRTUAL_ROWS:
+            if placed is None or placed.width != width or not placed.holds(batch, place):
+                placed = self._place(batch, place, width, None)
+            return self._score_part(place, slice(None), placed.rows, mirror, token_ids, value)
+        step, start, tables = VIRTUAL_ROWS // width, place.parameters.start, self._tables()
+        lengths, parts = place.take(batch.seq_lens), []
+        for part in (slice(i, i + step) for i in range(0, rows, step)):
+            here = lengths[part], start[part], place.slots[part], place.scratch[part, :width]
+            found = place_candidates(*here, tables, int(mirror[part].numpy().max()))
+            parts.append(self._score_part(place, part, found, mirror[part], token_ids[part], value))
         log_q = [p.length_log_q for p in parts if p.length_log_q is not None]
         return Scores(torch.cat([p.z for p in parts]), torch.cat(log_q) if log_q else None)
 
-    def _score_part(self, slots: Tensor, own: Tensor, shift: Tensor | None, sequence_lengths: Tensor, mirror: Tensor,
-                    token_ids: Tensor, value: bool) -> Scores:  # fmt: skip
-        assert self.virtual is not None
+    def _score_part(self, place: Place, part: slice, placed: CandidateRows, mirror: Tensor, token_ids: Tensor,
+                    value: bool) -> Scores:  # fmt: skip
         rows, width = token_ids.shape
-        count = rows * width
-        positions, shift = candidate_positions(sequence_lengths, shift, width)
-        batch = decode_batch(token_ids.reshape(-1), positions, own.reshape(-1), shift)
-        table, longest = self.virtual[:count], int(mirror.max())
-        prefix = self.base.req_to_token_pool.req_to_token[slots, :longest]
-        table.view(rows, width, -1)[..., :longest] = prefix[:, None]
-        table.scatter_(1, positions[:, None], own.reshape(-1, 1).to(table.dtype))
-        batch.req_pool_indices = self.virtual_rows[:count]
+        own = place.scratch[part, :width].reshape(-1)
+        shift = None if place.shift is None else place.shift[part, None].expand(rows, width).reshape(-1)
+        batch = decode_batch(token_ids.reshape(-1), placed.positions, placed.lengths, own, shift)
+        batch.req_pool_indices = self.virtual_rows[: rows * width]
         # what the host's backends size their buffers by
-        batch.seq_lens_cpu = (mirror + 1).repeat_interleave(width)
-        batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
+        lengths = np.repeat(mirror.numpy() + 1, width)
+        batch.seq_lens_cpu, batch.seq_lens_sum = torch.from_numpy(lengths), int(lengths.sum())
         bind_slots(self.candidate_slots, batch)
         self.candidates.init_forward_metadata(batch)
         hidden = self._forward(batch, self.candidates)
         return self.runner.model.scores(hidden.view(rows, width, -1), value)
 
-    def remember(self, place: Place, choice: Tensor | None) -> None:
-        """Note where the KV of each row's chosen candidate [R] is (None: the first); the next `follow` keeps it."""
-        scratch = place.scratch
-        chosen = scratch[:, 0] if choice is None else scratch.gather(1, choice[:, None])[:, 0]
-        self.chosen.index_copy_(0, place.slots, chosen)
+    def draw_buffers(self, place: Place, logits: Tensor) -> DrawBuffers:
+        """Where a draw of the rows goes: their logits [B, V], and `chosen`, from where the next `follow` keeps it."""
+        return DrawBuffers(logits, None if place.whole else place.index, self.chosen, place.slots, place.scratch)
+
+    def remember_first(self, place: Place) -> None:
+        """Note that each row's first candidate is its next token; the next `follow` keeps its KV."""
+        self.chosen.index_copy_(0, place.slots, place.scratch[:, 0])
 
     def _forward(self, batch: Any, backend: Any) -> Tensor:
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
@@ -412,64 +458,4 @@ def plain_attention(model: torch.nn.Module) -> bool:
     layers = [m for m in model.modules() if isinstance(m, RadixAttention)]
     return bool(layers) and not any(
         layer.is_cross_attention or layer.logit_cap or (layer.sliding_window_size or -1) > -1 for layer in layers
-    )
-
-
-def select_rows(batch: Any, rows: Sequence[int], index: Tensor) -> Any:
-    """The part of a prefill batch that holds `rows`, without anything that concerns logits or sampling."""
-    part = copy.copy(batch)
-    part.sampling_info = part.mm_inputs = part.spec_info = part.lora_ids = part.input_embeds = None
-    part.return_logprob = False
-    part.next_token_logits_buffer = None
-    seen: Seen | None = batch.lenvm_seen
-    if seen is not None:
-        # the forward overwrites both, and may be done again
-        part.input_ids = seen.input_ids.clone()
-        part.mm_inputs = [seen.images[row] for row in rows]
-    if len(rows) == batch.batch_size:
-        return part
-    lengths = batch.extend_seq_lens_cpu
-    starts = [0, *accumulate(lengths)]
-    tokens = to_device([t for r in rows for t in range(starts[r], starts[r] + lengths[r])], torch.int64, index.device)
-    part.batch_size = len(rows)
-    for name in ("input_ids", "positions", "out_cache_loc"):
-        setattr(part, name, getattr(part, name)[tokens])
-    if batch.mrope_positions is not None:
-        part.mrope_positions = batch.mrope_positions[:, tokens]
-    for name in ("req_pool_indices", "seq_lens", "extend_seq_lens", "extend_prefix_lens", "orig_seq_lens"):
-        value = getattr(batch, name)
-        setattr(part, name, None if value is None else value[index])
-    for name in ("extend_seq_lens_cpu", "extend_prefix_lens_cpu", "rids"):
-        value = getattr(batch, name)
-        setattr(part, name, None if value is None else [value[r] for r in rows])
-    if batch.seq_lens_cpu is not None:
-        part.seq_lens_cpu = batch.seq_lens_cpu[list(rows)]
-        part.seq_lens_sum = int(part.seq_lens_cpu.sum())
-    part.extend_num_tokens = sum(part.extend_seq_lens_cpu)
-    part.extend_start_loc = torch.cumsum(part.extend_seq_lens, 0) - part.extend_seq_lens
-    return part
-
-
-def candidate_positions(sequence_lengths: Tensor, shift: Tensor | None, width: int) -> tuple[Tensor, Tensor | None]:
-    """Of [R, K] candidates, flat: their places behind sequences of [R] tokens, and their rotary shifts from [R]."""
-    rows = len(sequence_lengths)
-    positions = sequence_lengths.long()[:, None].expand(rows, width).reshape(-1)
-    return positions, None if shift is None else shift[:, None].expand(rows, width).reshape(-1)
-
-
-def decode_batch(input_ids: Tensor, positions: Tensor, slots: Tensor, shift: Tensor | None) -> Any:
-    """A decode batch of candidate rows, [N] each: tokens, places, the slots their KV goes to, and what their rotary
-    positions are above their places (None: nothing)."""
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-
-    return ForwardBatch(
-        forward_mode=ForwardMode.DECODE,
-        batch_size=input_ids.shape[0],
-        input_ids=input_ids,
-        req_pool_indices=slots,  # overwritten where a backend reads it
-        seq_lens=positions + 1,
-        out_cache_loc=slots,
-        seq_lens_sum=None,  # type: ignore[arg-type]
-        positions=positions,
-        mrope_positions=(positions if shift is None else positions + shift).expand(3, -1),
     )

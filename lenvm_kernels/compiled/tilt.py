@@ -17,7 +17,9 @@ from lenvm.definitions import decay_nats
 from lenvm.format import LenvmConfig
 from lenvm.guidance import Control, GuidanceRows, Mode, Scores, kernel_per_bin, kernel_table
 from lenvm.lognormal import lognormal_log_q
+from lenvm_kernels.buffers import DrawBuffers
 from lenvm_kernels.compiled.common import NEG_INF, compiled, keyed_gumbel, position_key
+from lenvm_kernels.reference import write_draw
 from lenvm_kernels.results import Status, TiltSample
 
 _AT_MOST, _AT_LEAST = int(Mode.AT_MOST), int(Mode.AT_LEAST)
@@ -225,6 +227,7 @@ def tilt_sample(
     greedy: Tensor,
     present: Collection[Control] | None,
     lengths: bool = True,
+    into: DrawBuffers | None = None,
 ) -> TiltSample:
     """Arguments as in `lenvm_kernels.dispatch.tilt_sample`."""
     log_q = scores.length_log_q
@@ -249,4 +252,6 @@ def tilt_sample(
     )
     out, slot, chosen, statistics, status = map(torch.from_numpy, found)
     length, value, expected_value, kl = statistics.unbind(0)
-    return TiltSample(out, slot, chosen, length if lengths else None, value, expected_value, kl, status)
+    sample = TiltSample(out, slot, chosen, length if lengths else None, value, expected_value, kl, status)
+    write_draw(into, sample)
+    return sample

@@ -26,6 +26,7 @@ from lenvm.definitions import decay_nats
 from lenvm.format import LenvmConfig
 from lenvm.guidance import Control, GuidanceRows, Mode, Scores
 from lenvm.lognormal import lognormal_log_q
+from lenvm_kernels.buffers import DrawBuffers
 from lenvm_kernels.fused.common import NEG_INF, NO_TOKEN, as_bytes, keyed_gumbel, log_sum_exp, rowwise
 from lenvm_kernels.results import Status, TiltSample
 
@@ -49,6 +50,8 @@ _BISECTIONS = tl.constexpr(28)
 _NEWTON_STEPS = tl.constexpr(4)
 BLOCK_B = 32
 """Bins of a tile."""
+_FILL = tl.constexpr(4096)
+"""Logits that one program fills."""
 
 
 @triton.jit
@@ -164,14 +167,27 @@ def tilt_sample_kernel(
     LOG_P, TOKEN, STOP, Z, LOG_Q, CENTRE, MEAN, DECAY,
     MODE, CONTROL, TARGET, EMITTED, SHARPNESS, TOLERANCE, BIAS, SEED, GREEDY,
     OUT, SLOT, CHOSEN, STATS, STATUS,
+    LOGITS, INDEX, KEPT_SLOT, POOL_ROW, SCRATCH,
     log_p_row, token_row, stop_row, z_row, log_q_row, log_q_slot,
     mode_row, control_row, target_row, emitted_row, sharpness_row, tolerance_row, bias_row, seed_row, greedy_row,
-    K, B, R,
+    logits_row, scratch_row,
+    K, B, R, V,
     BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, HAS_Q: tl.constexpr, LENGTH_FROM_Q: tl.constexpr,
+    WRITE: tl.constexpr, INDEXED: tl.constexpr, REMEMBER: tl.constexpr,
 ):  # fmt: skip
-    """One row: [K] candidates, [K, B] length log-probabilities."""
+    """One row: [K] candidates, [K, B] length log-probabilities. With WRITE, further programs of the row fill its
+    logits, all but those of its candidates, which are left to the first."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
+    if WRITE:
+        batch_row = tl.load(INDEX + row) if INDEXED else row
+        if tl.program_id(1) > 0:
+            v = (tl.program_id(1) - 1) * _FILL + tl.arange(0, _FILL)
+            other = v < V
+            for j in range(K):
+                other = other & (tl.load(TOKEN + row * token_row + j) != v)
+            tl.store(LOGITS + batch_row * logits_row + v, NEG_INF, mask=other)
+            return
     inside = k < K
     mode = tl.load(MODE + row * mode_row).to(tl.int32)
     control = tl.load(CONTROL + row * control_row).to(tl.int32)
@@ -261,6 +277,11 @@ def tilt_sample_kernel(
     slot = tl.min(tl.where(best & (token == chosen), k, BLOCK_K), 0)
     tl.store(SLOT + row, slot.to(tl.int64))
     tl.store(CHOSEN + row, chosen)
+    if WRITE:
+        one_hot = tl.where(token == chosen, 0.0, NEG_INF)  # an empty slot may name the token of another
+        tl.store(LOGITS + batch_row * logits_row + token, one_hot, mask=inside)
+        if REMEMBER:
+            tl.store(KEPT_SLOT + tl.load(POOL_ROW + row), tl.load(SCRATCH + row * scratch_row + slot))
 
     here = k == slot
     p = tl.where(kept, tl.exp(guided), 0.0)
@@ -292,6 +313,7 @@ def tilt_sample(
     seed: Tensor,
     greedy: Tensor,
     present: Collection[Control] | None,
+    into: DrawBuffers | None = None,
 ) -> TiltSample:
     """Launch; arguments as in `lenvm_kernels.dispatch.tilt_sample`."""
     log_q, centres = scores.length_log_q, tuple(lenvm.bins)
@@ -314,14 +336,20 @@ def tilt_sample(
     g = guidance
     row_values = (g.mode, g.control, g.target, g.emitted, g.sharpness, g.tolerance, g.bias, seed, as_bytes(greedy))
     block_k = max(16, triton.next_power_of_2(slots))
-    tilt_sample_kernel[(rows,)](
+    buffers, vocabulary, options = (slot,) * 5, 0, {"WRITE": False, "INDEXED": False, "REMEMBER": False}  # not read
+    if into is not None:
+        vocabulary = into.logits.shape[1]
+        index, kept = (slot if t is None else t for t in (into.rows, into.chosen))
+        buffers = (rowwise(into.logits), index, kept, into.pool_rows, rowwise(into.scratch))
+        options = {"WRITE": True, "INDEXED": into.rows is not None, "REMEMBER": into.chosen is not None}
+    tilt_sample_kernel[(rows, 1 + triton.cdiv(vocabulary, _FILL.value))](
         log_p, token_ids, stop, z, quantities, centre, mean, decay, *row_values,
-        out, slot, chosen, stats, status,
+        out, slot, chosen, stats, status, *buffers,
         log_p.stride(0), token_ids.stride(0), stop.stride(0), z.stride(0), quantities.stride(0), quantities.stride(1),
-        *(value.stride(0) for value in row_values),
-        slots, len(centres), rows,
+        *(value.stride(0) for value in row_values), buffers[0].stride(0), buffers[4].stride(0),
+        slots, len(centres), rows, vocabulary,
         BLOCK_K=block_k, BLOCK_B=BLOCK_B, HAS_Q=log_q is not None,
-        LENGTH_FROM_Q=from_q, num_warps=warps(block_k, log_q is not None),
+        LENGTH_FROM_Q=from_q, **options, num_warps=warps(block_k, log_q is not None),
     )  # fmt: skip
     length, value, expected_value, kl = stats.unbind(0)
     return TiltSample(out, slot, chosen, length, value, expected_value, kl, status)

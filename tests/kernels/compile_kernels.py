@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lenvm_kernels.fused import candidates, lookahead, tilt, value_head
+from lenvm_kernels.fused import candidates, lookahead, place, tilt, value_head
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -27,7 +27,9 @@ TILT = {
     **dict.fromkeys(["TOKEN", "MODE", "CONTROL", "TARGET", "EMITTED", "SEED", "SLOT", "CHOSEN"], "*i64"),
     **dict.fromkeys(["STOP", "GREEDY"], "*u8"),
     **{"Z": "*fp32", "LOG_Q": "*fp32", "CENTRE": "*fp64", "DECAY": "*fp64", "STATUS": "*i32"},
+    **{"LOGITS": "*fp32", **dict.fromkeys(["INDEX", "KEPT_SLOT", "POOL_ROW", "SCRATCH"], "*i64")},
 }
+WRITE = {"WRITE": True, "INDEXED": True, "REMEMBER": True}
 CUT = {
     **dict.fromkeys(["TOP_ID", "STOPS", "TOP_K", "MODE", "CONTROL", "TARGET", "EMITTED", "TOKEN"], "*i64"),
     **dict.fromkeys(["MASS", "TEMPERATURE", "TOP_P", "MIN_P", "LOG_P"], "*fp32"),
@@ -35,6 +37,14 @@ CUT = {
 }
 CUT_SIZES = {"BLOCK_N": 32, "BLOCK_PARTS": 32, "BOUNDS": True, "FILTERED": True, "TIES": True}
 MASS = {"LOGITS": "*bf16", "TEMPERATURE": "*fp32", "STOPS": "*i64", "MASS": "*fp32"}
+
+
+PLACE = {
+    **dict.fromkeys(["LENGTHS", "START", "POOL_ROWS", "SCRATCH", "POSITIONS", "SEQUENCES", "EMITTED"], "*i64"),
+    **dict.fromkeys(["ADDRESSES", "CHOSEN", "TARGET"], "*i64"),
+    **dict.fromkeys(["REQUESTS", "VIRTUAL"], "*i32"),
+}
+PLACE_SIZES = {"BLOCK_K": 16, "BLOCK": place.BLOCK, "KEEP": True}
 
 
 def head(weights: str) -> dict[str, str]:
@@ -52,7 +62,7 @@ TILES = {"BLOCK_M": value_head.BLOCK_M, "BLOCK_N": value_head.BLOCK_N, "BLOCK_H"
 
 
 def tilt_case(slots: int, bins: bool) -> tuple[str, Any, dict[str, str], dict[str, Any], int, int]:
-    constants = {"BLOCK_K": slots, "BLOCK_B": tilt.BLOCK_B, "HAS_Q": bins, "LENGTH_FROM_Q": bins}
+    constants = {"BLOCK_K": slots, "BLOCK_B": tilt.BLOCK_B, "HAS_Q": bins, "LENGTH_FROM_Q": bins, **WRITE}
     name = f"tilt_sample K={slots}{' with bins' if bins else ''}"
     return name, tilt.tilt_sample_kernel, TILT, constants, tilt.warps(slots, bins), 1
 
@@ -61,6 +71,7 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = [
     tilt_case(16, True),
     tilt_case(64, True),
     tilt_case(16, False),
+    ("place_candidates", place.place_kernel, PLACE, PLACE_SIZES, 4, 1),
     ("build_candidates: mass", candidates.mass_kernel, MASS, {"CHUNK": candidates.CHUNK, "BLOCK": 1024}, 4, 1),
     ("build_candidates: cut", candidates.cut_kernel, CUT, CUT_SIZES, 4, 1),
     *(

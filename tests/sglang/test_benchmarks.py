@@ -40,4 +40,6 @@ def test_the_gpu_script_runs_dry_and_a_step_never_waits(tmp_path: Path) -> None:
     # a batch that is guided throughout needs no draw of the host's: it takes the arg max of one-hot rows
     drawn = "launches of the host's sampler"
     assert found["posterior", drawn] == found["bias", drawn] < found["values", drawn]
-    assert found["posterior", "launches of ours outside the value forward"] > 0
+    # where candidates stand and the last one's KV; top-k; the cut; rule, draw and what is written of it
+    for kind in ("posterior", "bias"):
+        assert found[kind, "launches of ours outside the value forward"] == 4, kind

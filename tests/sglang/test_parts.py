@@ -16,13 +16,14 @@ from lenvm.guidance import Control, Mode
 from lenvm.request import LengthFieldError, LengthRequest
 from lenvm_sglang.admission import admit, draw_seed, number_samples, state_of
 from lenvm_sglang.attention import CandidateLayout, SharedPrefixBackend, attend
+from lenvm_sglang.batches import select_rows
 from lenvm_sglang.middleware import CHAT, COMPLETIONS, GENERATE, LengthFieldsMiddleware, annotate, lift_fields
 from lenvm_sglang.outputs import HostLengthOutput
 from lenvm_sglang.responses import Collected, Progress, annotate_metadata, collected, publish
 from lenvm_sglang.rows import LengthRows, Seen
 from lenvm_sglang.settings import Settings
 from lenvm_sglang.state import RequestState, RowTable
-from lenvm_sglang.worker import select_rows, value_config
+from lenvm_sglang.worker import value_config
 
 
 def state(**changes: Any) -> RequestState:
@@ -107,7 +108,7 @@ def test_row_table_gives_back_what_was_written_and_counts_from_the_sequence() ->
     states = [state(), state(request=strict, prompt_tokens=7, stop_token_ids=many), state(request=biased, greedy=True)]
     table.write(torch.tensor([5, 1, 3]), states)
     found = table.parameters(torch.tensor([3, 5, 1]))
-    rows = found._replace(guidance=found.at(torch.tensor([10, 4, 9])))
+    rows = found._replace(guidance=found.after(torch.tensor([10, 4, 9]) - found.start))
     assert rows.guidance.control.tolist() == [Control.BIAS, Control.POSTERIOR, Control.HARD]
     assert rows.guidance.mode.tolist() == [Mode.EQUAL_TO, Mode.AT_MOST, Mode.EQUAL_TO]
     assert rows.guidance.emitted.tolist() == [6, 0, 2]
@@ -118,7 +119,7 @@ def test_row_table_gives_back_what_was_written_and_counts_from_the_sequence() ->
     assert rows.stop_token_ids[0].tolist() == [2] + [-1] * 6
     assert rows.sampling.top_p.tolist() == pytest.approx([0.9] * 3)
     table.write(torch.tensor([5]), [state(prompt_tokens=2)])
-    assert table.parameters(torch.tensor([5])).at(torch.tensor([4])).emitted.tolist() == [2]
+    assert table.parameters(torch.tensor([5])).start.tolist() == [2]
 
 
 @pytest.mark.parametrize("changes", [{"prompt_tokens": 0}, {"temperature": 0.0}, {"seed": 2**63}])

@@ -1,0 +1,82 @@
+"""`place_candidates`, and where `tilt_sample` writes its draw, against plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lenvm_kernels import DrawBuffers, Keep, RequestTables, SlotBuffers, place_candidates, reference, tilt_sample
+from tests.kernels.checks import quick, rows
+
+assert quick
+POOL, CONTEXT, SLOTS, WIDTH = 9, 2600, 400, 5
+
+
+class Pools:
+    """A host's request pool, KV of three dtypes and widths, and scratch; the same numbers each time."""
+
+    def __init__(self) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.requests = torch.randint(0, SLOTS, (POOL, CONTEXT), generator=g, dtype=torch.int32)
+        self.virtual = torch.full((POOL * WIDTH, CONTEXT), -1, dtype=torch.int32)
+        shapes = (((2, 3), torch.float32), ((3, 700), torch.bfloat16), ((5,), torch.uint8))
+        given = [(torch.randn(SLOTS, *shape, generator=g) * 9).to(dtype) for shape, dtype in shapes]
+        self.kv = SlotBuffers(given)
+        self.scratch = torch.arange(SLOTS - POOL * 7, SLOTS).view(POOL, 7)
+        self.chosen = self.scratch[:, 3].clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("kept", [True, False])
+def test_candidates_are_placed_and_the_last_choice_is_kept(dtype: torch.dtype, kept: bool) -> None:
+    lengths = torch.tensor([1, 1023, 1024, 2599, 40], dtype=dtype)
+    pool_rows, start = torch.tensor([4, 0, 8, 2, 5]), torch.tensor([1, 1000, 0, 2600, 7])
+    target = torch.tensor([0, 17, 3, 5, 100], dtype=dtype)
+    ours, theirs = Pools(), Pools()
+    found, wanted = (
+        place(
+            lengths,
+            start,
+            pool_rows,
+            pools.scratch[pool_rows, :WIDTH],
+            RequestTables(pools.requests, pools.virtual),
+            2599,
+            Keep(pools.kv, pools.chosen, target) if kept else None,
+        )
+        for place, pools in ((place_candidates, ours), (reference.place_candidates, theirs))
+    )
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+    for row, length in enumerate(found.lengths.tolist()):
+        assert torch.equal(ours.virtual[row, :length], theirs.virtual[row, :length])
+    assert (ours.virtual[len(lengths) * WIDTH :] == -1).all()
+    for a, b, fresh in zip(ours.kv.buffers, theirs.kv.buffers, Pools().kv.buffers, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a[target.long()], fresh[ours.chosen[pool_rows]] if kept else fresh[target.long()])
+
+
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", [True, False])
+@pytest.mark.parametrize("remembered", [True, False])
+def test_a_draw_is_written(logits_dtype: torch.dtype, part: bool, remembered: bool) -> None:
+    count, vocabulary = 6, 9001
+    batch = rows.mixed(rows.MODELS[1], count, slots=6, seed=3)
+    batch.candidates.token_ids.remainder_(vocabulary)
+    batch.candidates.token_ids[0, -1] = 0
+    batch.candidates.token_ids[1, :] = torch.tensor([0, 9000, 4096, 5, 0, 0])
+    index = torch.tensor([7, 0, 3, 1, 2, 6])
+    pool_rows, scratch = torch.tensor([3, 1, 4, 0, 5, 9]), torch.arange(100, 148).view(6, 8)
+    logits, chosen = torch.randn(8 if part else 6, vocabulary).to(logits_dtype), torch.full((10,), -1)
+    before = logits.clone()
+    logits[index[0] if part else 0, 44] = torch.nan
+    into = DrawBuffers(logits, index if part else None, chosen if remembered else None, pool_rows, scratch)
+    sample = batch.run(tilt_sample, into=into)
+    assert torch.equal(sample.token_id, batch.run(tilt_sample).token_id)
+    drawn = index if part else torch.arange(6)
+    want = torch.full((count, vocabulary), -torch.inf, dtype=logits_dtype)
+    assert torch.equal(logits[drawn], want.scatter_(1, sample.token_id[:, None], 0.0))
+    rest = [row for row in range(len(logits)) if row not in drawn.tolist()]
+    assert torch.equal(logits[rest], before[rest])
+    if remembered:
+        assert torch.equal(chosen[pool_rows], scratch[torch.arange(6), sample.slot])
+    assert (chosen >= 0).sum() == (6 if remembered else 0)

@@ -1,0 +1,69 @@
+"""Answers of a scheduler in this process, by the CPU's path or by a GPU's:
+`python -m tests.sglang.paths BASE LENVM [device]`.
+
+With `device` and TRITON_INTERPRET=1 every kernel of ours runs as on a GPU, in Triton's interpreter, under the host's
+own attention: launches, buffers and bookkeeping are those of a GPU. Prints one JSON list of token lists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.inprocess import InProcess, quiet
+from tests.kernels.checks import quick
+from tests.sglang.models import prompts
+
+assert quick
+
+ASKED: list[dict[str, Any]] = [
+    {"length_target": 7},
+    {"length_target": 12, "length_mode": "at_most"},
+    {"length_target": 9, "length_mode": "at_least", "length_strict": True},
+    {"length_target": 15, "length_control": "hard"},
+    {"length_target": 9, "length_control": "soft"},
+    {"length_target": 11, "length_strict": True},
+    {"length_bias": -4.0},
+    {"return_length_values": True},
+    {},
+]
+STEERED = 7
+"""How many of them, from the first."""
+
+
+def answers(engine: InProcess) -> list[list[int]]:
+    """All at once, so that steered, watched and plain rows share batches; then the steered ones alone with each other,
+    and some of them alone."""
+    found: dict[str, Any] = {}
+
+    def hold(batch: Any) -> None:  # the host drops its requests when they end
+        found.update({req.rid: req for req in batch.reqs})
+
+    def ask(which: list[int]) -> list[list[int]]:
+        requests = []
+        for i in which:
+            sampling = {"temperature": 1.0, "sampling_seed": i} if i < STEERED else {"temperature": 0.0}
+            requests.append(engine.request(prompts(len(ASKED), 4)[i], 24, ASKED[i] or None, **sampling))
+            requests[-1].sampling_params.ignore_eos = False
+        engine.run(requests, hold)
+        return [list(found[r.rid].output_ids) for r in requests]
+
+    return [answer for which in (range(len(ASKED)), range(STEERED), [0], [5]) for answer in ask(list(which))]
+
+
+def main() -> None:
+    quiet()
+    engine = InProcess(Path(sys.argv[1]), Path(sys.argv[2]), ["--max-total-tokens", "4096"], most=16)
+    if "device" in sys.argv:
+        os.environ["SGLANG_NATIVE_MOVE_KV_CACHE"] = "1"
+        engine.worker.waits_for_nobody = False
+        if not engine.worker.reads_base:
+            engine.worker.use_host_attention()
+    print(json.dumps(answers(engine)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The path of a GPU, kernels and all, says what the CPU's path says: Triton's interpreter in the host's scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import Qwen2Config
+
+from tests.sglang.models import make_attached, make_pair
+from tests.sglang.paths import ASKED
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def answers(base: Path, lenvm: Path, *words: str, **variables: str) -> list[list[int]]:
+    command = [sys.executable, "-m", "tests.sglang.paths", str(base), str(lenvm), *words]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(found, list)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["full", "attached"])
+def test_the_path_of_a_gpu_gives_the_same_answers(kind: str, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, Qwen2Config, Qwen2Config)
+    lenvm = pair / "lenvm" if kind == "full" else make_attached(tmp_path / "attached", pair / "base", "table")
+    cpu = answers(pair / "base", lenvm)
+    assert len(cpu[5]) == ASKED[5]["length_target"]  # strict
+    assert len(set(map(tuple, cpu))) > len(ASKED) // 2
+    assert answers(pair / "base", lenvm, "device", TRITON_INTERPRET="1") == cpu
