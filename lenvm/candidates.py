@@ -12,6 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+LARGEST_LOGIT = 1e30
+"""What stands for a logit of +inf, so that it can be divided by a temperature."""
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -93,7 +96,7 @@ def build_candidates(
     lower token id, also at the end of `reach` and of the set: a row's candidates do not depend on its batch.
 
     Args:
-        logits: [R, V] after penalties, bias and grammar; -inf for forbidden tokens.
+        logits: [R, V] after penalties, bias and grammar; -inf for forbidden tokens. A NaN makes its token impossible.
         sampling: the rows' settings.
         stop_token_ids: [R, S] int64 ids that end a row's answer, padded with -1.
         max_candidates: K.
@@ -109,7 +112,7 @@ def build_candidates(
     """
     vocabulary = logits.shape[-1]
     width = min(max_candidates, vocabulary)
-    logits = logits.float()
+    logits = possible(logits.float())
     if ban_stop is not None or force_stop is not None:
         is_stop_token = _stop_mask(stop_token_ids, vocabulary)
         allowed = logits > -torch.inf
@@ -140,6 +143,11 @@ def build_candidates(
     return Candidates(token_ids, torch.log_softmax(log_p, dim=-1), is_stop)
 
 
+def possible(logits: Tensor) -> Tensor:
+    """The logits, NaN as -inf (an impossible token) and nothing above `LARGEST_LOGIT`."""
+    return logits.nan_to_num(nan=-torch.inf, posinf=LARGEST_LOGIT, neginf=-torch.inf).clamp(max=LARGEST_LOGIT)
+
+
 def most_likely(logits: Tensor, count: int) -> Tensor:
     """[R, count] int64 ids of each row's largest logits, the larger first and among equals the lower id.
 
@@ -147,7 +155,7 @@ def most_likely(logits: Tensor, count: int) -> Tensor:
     tokens, half precision). Does not synchronise.
 
     Args:
-        logits: [R, V] float32.
+        logits: [R, V] float32, without NaN.
         count: at most V.
     """
     last = logits.shape[-1] - 1

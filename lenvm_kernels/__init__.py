@@ -9,12 +9,23 @@ Imports without Triton and numba; knows no host.
 
 from __future__ import annotations
 
-from lenvm_kernels.buffers import CandidateRows, DrawBuffers, Keep, RequestTables, SlotBuffers
+from lenvm_kernels.buffers import (
+    CandidateRows,
+    DrawBuffers,
+    Keep,
+    PrefixMasks,
+    PrefixRows,
+    RequestTables,
+    SlotBuffers,
+)
 from lenvm_kernels.dispatch import (
     build_candidates,
+    extent,
+    keep_chosen,
     lookahead_scores,
     place_candidates,
     prepare,
+    share_prefix,
     tilt_sample,
     uses_numba,
     uses_triton,
@@ -26,14 +37,19 @@ __all__ = [
     "CandidateRows",
     "DrawBuffers",
     "Keep",
+    "PrefixMasks",
+    "PrefixRows",
     "RequestTables",
     "SlotBuffers",
     "Status",
     "TiltSample",
     "build_candidates",
+    "extent",
+    "keep_chosen",
     "lookahead_scores",
     "place_candidates",
     "prepare",
+    "share_prefix",
     "tilt_sample",
     "uses_numba",
     "uses_triton",

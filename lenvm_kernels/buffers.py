@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_STEP = 256
+"""Tokens by which masks grow."""
+
 
 @dataclass(frozen=True)
 class SlotBuffers:
@@ -29,6 +32,11 @@ class SlotBuffers:
         """[N, 2] int64 on the device: where each begins, and bytes of a slot."""
         rows = [(b.data_ptr(), b.stride(0) * b.element_size()) for b in self.buffers]
         return torch.tensor(rows, dtype=torch.int64, device=self.buffers[0].device)
+
+    @cached_property
+    def slots(self) -> int:
+        """Slots of the smallest."""
+        return min(len(b) for b in self.buffers)
 
     @cached_property
     def widest(self) -> int:
@@ -60,6 +68,54 @@ class RequestTables(NamedTuple):
 
     requests: Tensor
     virtual: Tensor
+
+
+class PrefixMasks:
+    """What K candidates of each row see, kept from step to step: a prefix grows by one token at a time.
+
+    Args:
+        dtype: of the queries.
+        device: of the mask.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.dtype, self.device = dtype, device
+        self.mask = torch.empty(0, 0, 0, dtype=dtype, device=device)
+        """[R, W, W + C]: 0 where one of W candidates sees one of the W or a token of its prefix, -inf elsewhere."""
+        self.seen = torch.empty(0, dtype=torch.int64)
+        """[R] tokens of the prefix that each row of `mask` shows, on the host."""
+
+    def fit(self, rows: int, width: int, longest: int) -> None:
+        """Make it large enough for `width` candidates in each of `rows` rows behind at most `longest` tokens."""
+        have_rows, have_width, have_length = self.mask.shape
+        if rows <= have_rows and width <= have_width and longest <= have_length - have_width:
+            return
+        rows, width = max(rows, have_rows), max(width, have_width)
+        length = max(have_length - have_width, -(-longest // _STEP) * _STEP)
+        self.mask = torch.full((rows, width, width + length), -torch.inf, dtype=self.dtype, device=self.device)
+        self.mask.diagonal(dim1=1, dim2=2).zero_()
+        self.seen = torch.zeros(rows, dtype=torch.int64)
+
+    def view(self, rows: int, width: int, longest: int) -> Tensor:
+        """[rows, 1, width, width + longest] of it: every candidate sees itself and its prefix."""
+        widest = self.mask.shape[1]
+        return self.mask[:rows, None, widest - width :, widest - width : widest + longest]
+
+
+class PrefixRows(NamedTuple):
+    """R x K candidates that share their rows' prefixes, for an attention that reads each prefix once.
+
+    Attributes:
+        slots: [R * (K + L)] int64 KV slots: of each row's candidates, then of its prefix, padded with slot 0.
+        mask: [R, 1, K, K + L] float, what each candidate sees: itself and its prefix (0), and nothing else (-inf).
+        positions: [R * K] int64 places in their sequences.
+        lengths: [R * K] int64, positions + 1.
+    """
+
+    slots: Tensor
+    mask: Tensor
+    positions: Tensor
+    lengths: Tensor
 
 
 class CandidateRows(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from lenvm.format import LenvmConfig
 from lenvm.guidance import Control, GuidanceRows, Scores
 from lenvm.heads import LookaheadHead, ValueHead
 from lenvm_kernels import reference
-from lenvm_kernels.buffers import CandidateRows, DrawBuffers, Keep, RequestTables
+from lenvm_kernels.buffers import CandidateRows, DrawBuffers, Keep, PrefixMasks, PrefixRows, RequestTables
 from lenvm_kernels.results import TiltSample
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,7 +50,7 @@ def uses_numba(tensor: Tensor) -> bool:
 def prepare(device: torch.device) -> None:
     """Compile the kernels of a CPU (some seconds the first time on a machine), so that no request waits for it."""
     if uses_numba(torch.empty(0, device=device)):
-        from lenvm_kernels.compiled import candidates, tilt  # noqa: F401
+        from lenvm_kernels.compiled import candidates, rows, tilt  # noqa: F401
 
 
 def build_candidates(
@@ -65,8 +66,7 @@ def build_candidates(
     A top-k of torch and two launches, or a call of the compiled kernel. The reference is taken where `reach` is unknown
     or above `MAX_REACH`, and where a row may have more than `MAX_STOPS` stop tokens. All three order tokens by their
     logits, equal ones by their id, and take the same, so that a row's candidates do not depend on its batch. A NaN
-    logit makes its token impossible (without Triton the whole row); a row without any possible token comes back empty
-    (all log_p -inf).
+    logit makes its token impossible; a row without any possible token comes back empty (all log_p -inf).
 
     Args:
         logits: [R, V] float after penalties, bias and grammar; -inf for forbidden tokens.
@@ -92,6 +92,60 @@ def build_candidates(
         assert reach is not None
         return compiled.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
     return reference.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
+
+
+def extent(candidates: Candidates) -> tuple[int, int]:
+    """How many of the first slots hold every candidate of R rows, and how many candidates there are. Waits for a
+    device: for candidates on a CPU."""
+    if uses_numba(candidates.log_p):
+        from lenvm_kernels.compiled import candidates as compiled
+
+        used, kept = compiled.extent(candidates.log_p.numpy())
+        return used, kept
+    return reference.extent(candidates)
+
+
+def keep_chosen(keep: Keep, pool_rows: Tensor) -> None:
+    """Move the KV of candidates chosen last to the slots that their tokens were given; one launch.
+
+    Args:
+        keep: the pool, and where from and to.
+        pool_rows: [R] int64 rows of the host's request pool.
+    """
+    if uses_triton(pool_rows):
+        from lenvm_kernels.fused import place as fused
+
+        fused.keep_chosen(keep, pool_rows)
+    elif uses_numba(pool_rows):
+        from lenvm_kernels.compiled import rows as compiled
+
+        compiled.keep_chosen(keep, pool_rows)
+    else:
+        reference.keep_chosen(keep, pool_rows)
+
+
+def share_prefix(
+    lengths: Tensor, pool_rows: Tensor, own: Tensor, requests: Tensor, longest: int, masks: PrefixMasks
+) -> PrefixRows:
+    """Where K candidates of R rows stand, for an attention on a CPU that reads each row's prefix once.
+
+    Args:
+        lengths: [R] int32 or int64 tokens of each prefix.
+        pool_rows: [R] int64 rows of the host's request pool.
+        own: [R, K] int64 slots of the candidates; 0, the host's dump, where there is none.
+        requests: [P, C] int32 slots of each request's tokens.
+        longest: L, at least the largest of `lengths`.
+        masks: of the last step; changed.
+
+    Returns:
+        PrefixRows; its mask is a view of `masks`.
+    """
+    masks.fit(own.shape[0], own.shape[1], longest)
+    way: Any = reference
+    if uses_numba(lengths):
+        from lenvm_kernels.compiled import rows as way
+    found: PrefixRows = way.share_prefix(lengths, pool_rows, own, requests, longest, masks)
+    return found
 
 
 def place_candidates(

@@ -15,7 +15,7 @@ from lenvm.heads import LookaheadHead
 from lenvm.lognormal import lognormal_log_q
 from lenvm.lookahead import scores_from_distribution
 from lenvm.sampler import draw
-from lenvm_kernels.buffers import CandidateRows, DrawBuffers, Keep, RequestTables
+from lenvm_kernels.buffers import CandidateRows, DrawBuffers, Keep, PrefixMasks, PrefixRows, RequestTables
 from lenvm_kernels.results import Status, TiltSample
 
 
@@ -32,6 +32,34 @@ def build_candidates(
     return core.build_candidates(logits, sampling, stop_token_ids, max_candidates, ban, force, reach)
 
 
+def extent(candidates: Candidates) -> tuple[int, int]:
+    """By the slots that any row uses."""
+    used = candidates.kept.any(0).nonzero()
+    return (int(used[-1]) + 1 if len(used) else 0), int(candidates.kept.sum())
+
+
+def keep_chosen(keep: Keep, pool_rows: Tensor) -> None:
+    """Buffer by buffer."""
+    source, target = keep.chosen[pool_rows], keep.target.long()
+    for buffer in keep.kv.buffers:
+        buffer.index_copy_(0, target, buffer.index_select(0, source))
+
+
+def share_prefix(
+    lengths: Tensor, pool_rows: Tensor, own: Tensor, requests: Tensor, longest: int, masks: PrefixMasks
+) -> PrefixRows:
+    """Everything anew."""
+    rows, width = own.shape
+    widest = masks.mask.shape[1]
+    outside = torch.arange(masks.mask.shape[2] - widest, device=lengths.device) >= lengths[:, None]  # [R, C]
+    masks.mask[:rows, :, widest:] = torch.where(outside, -torch.inf, 0.0)[:, None]
+    masks.seen[:rows] = lengths
+    prefix = requests[pool_rows, :longest].long().masked_fill_(outside[:, :longest], 0)
+    slots = torch.cat([own, prefix], dim=1).flatten()
+    positions = lengths.long()[:, None].expand(rows, width).reshape(-1)
+    return PrefixRows(slots, masks.view(rows, width, longest), positions, positions + 1)
+
+
 def place_candidates(
     lengths: Tensor,
     start: Tensor,
@@ -44,9 +72,7 @@ def place_candidates(
     """Operator by operator; of the tables also what lies behind a row's own length is copied."""
     rows, width = scratch.shape
     if keep is not None:
-        source, target = keep.chosen[pool_rows], keep.target.long()
-        for buffer in keep.kv.buffers:
-            buffer.index_copy_(0, target, buffer.index_select(0, source))
+        keep_chosen(keep, pool_rows)
     positions = lengths.long()[:, None].expand(rows, width).reshape(-1)
     virtual = tables.virtual[: rows * width]
     virtual.view(rows, width, -1)[..., :longest] = tables.requests[pool_rows, None, :longest]

@@ -7,47 +7,16 @@ backend is used as it is, because K rows with a common prefix are ordinary decod
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-class CandidateLayout(NamedTuple):
-    """Where the R x K candidate rows of one forward stand.
-
-    Attributes:
-        slots: [R * (L + K)] int64 KV slots: of each row's prefix, padded, then of its candidates.
-        mask: [R, 1, K, L + K] float, what each candidate sees: its prefix, then itself (0), and nothing else (-inf).
-    """
-
-    slots: Tensor
-    mask: Tensor
-
-    @classmethod
-    def build(
-        cls, table: Tensor, pool_rows: Tensor, prefix_lengths: Tensor, longest: int, own: Tensor, dtype: torch.dtype
-    ) -> CandidateLayout:
-        """Args: table [*, context] slots of each request; pool_rows [R]; prefix_lengths [R] <= longest; own [R, K]
-        slots of the candidates, 0 (the host's dump) where there is none; dtype of the queries."""
-        rows, width = own.shape
-        outside = torch.arange(longest, device=table.device) >= prefix_lengths[:, None]  # [R, L]
-        prefix = table[pool_rows, :longest].long().masked_fill_(outside, 0)
-        mask = torch.zeros(rows, 1, width, longest + width, dtype=dtype, device=table.device)
-        mask[..., :longest].masked_fill_(outside[:, None, None], -torch.inf)
-        mask[..., longest:] = _only_itself(width, dtype, table.device)
-        return cls(torch.cat([prefix, own], dim=1).flatten(), mask)
+from lenvm_kernels import PrefixMasks, PrefixRows, share_prefix
 
 
-@lru_cache(maxsize=64)
-def _only_itself(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[K, K]: 0 on the diagonal, -inf beside it."""
-    return torch.full((width, width), -torch.inf, dtype=dtype, device=device).fill_diagonal_(0.0)
-
-
-def attend(query: Tensor, layout: CandidateLayout, k_cache: Tensor, v_cache: Tensor, scaling: float) -> Tensor:
+def attend(query: Tensor, layout: PrefixRows, k_cache: Tensor, v_cache: Tensor, scaling: float) -> Tensor:
     """Attention of R x K candidates, whose own keys and values are in the cache already.
 
     Args:
@@ -61,7 +30,7 @@ def attend(query: Tensor, layout: CandidateLayout, k_cache: Tensor, v_cache: Ten
     """
     rows, _, width, length = layout.mask.shape
 
-    def gathered(cache: Tensor) -> Tensor:  # [R, Hkv, L + K, D]
+    def gathered(cache: Tensor) -> Tensor:  # [R, Hkv, K + L, D]
         found = cache.index_select(0, layout.slots).to(query.dtype)
         return found.view(rows, length, *cache.shape[1:]).transpose(1, 2)
 
@@ -86,22 +55,28 @@ class SharedPrefixBackend:
     def __init__(self, kv_pool: Any, request_pool: Any, dtype: torch.dtype) -> None:
         self.token_to_kv_pool = kv_pool
         self.req_to_token_pool = request_pool
-        self.dtype = dtype
-        self.layout: CandidateLayout | None = None
+        self.masks = PrefixMasks(dtype, request_pool.req_to_token.device)
+        self.layout: PrefixRows | None = None
         self.fed: Tensor | None = None
 
     def prepare(
         self, pool_rows: Tensor, prefix_lengths: Tensor, longest: int, own: Tensor, fed: Tensor | None = None
-    ) -> None:
+    ) -> PrefixRows:
         """Set the rows of the next forward.
 
         Args:
-            pool_rows, prefix_lengths, longest, own: as in `CandidateLayout.build`.
+            pool_rows: [R] rows of the host's request pool.
+            prefix_lengths: [R] tokens before the candidates, <= longest.
+            own: [R, K] slots of the candidates, 0 (the host's dump) where there is none.
             fed: [N] which of the R x K candidates it is given (default all).
+
+        Returns:
+            Where all R x K stand; until the next call.
         """
         table = self.req_to_token_pool.req_to_token
-        self.layout = CandidateLayout.build(table, pool_rows, prefix_lengths, longest, own, self.dtype)
+        self.layout = share_prefix(prefix_lengths, pool_rows, own, table, longest, self.masks)
         self.fed = fed
+        return self.layout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True,
                 **_: Any) -> Tensor:  # fmt: skip

@@ -49,16 +49,9 @@ def select_rows(batch: Any, rows: Sequence[int], index: Tensor) -> Any:
     return part
 
 
-def candidate_positions(sequence_lengths: Tensor, shift: Tensor | None, width: int) -> tuple[Tensor, Tensor | None]:
-    """Of [R, K] candidates, flat: their places behind sequences of [R] tokens, and their rotary shifts from [R]."""
-    rows = len(sequence_lengths)
-    positions = sequence_lengths.long()[:, None].expand(rows, width).reshape(-1)
-    return positions, None if shift is None else shift[:, None].expand(rows, width).reshape(-1)
-
-
-def decode_batch(input_ids: Tensor, positions: Tensor, lengths: Tensor, slots: Tensor, shift: Tensor | None) -> Any:
+def decode_batch(input_ids: Tensor, positions: Tensor, lengths: Tensor, slots: Tensor, rotary: Tensor | None) -> Any:
     """A decode batch of candidate rows, [N] each: tokens, places, sequence lengths with them, the slots their KV goes
-    to, and what their rotary positions are above their places (None: nothing)."""
+    to, and, for a model that reads images, their rotary positions."""
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
     return ForwardBatch(
@@ -70,5 +63,5 @@ def decode_batch(input_ids: Tensor, positions: Tensor, lengths: Tensor, slots: T
         out_cache_loc=slots,
         seq_lens_sum=None,  # type: ignore[arg-type]
         positions=positions,
-        mrope_positions=(positions if shift is None else positions + shift).expand(3, -1),
+        mrope_positions=None if rotary is None else rotary.expand(3, -1),
     )

@@ -98,11 +98,12 @@ class LookaheadWorker(ValueWorker):
     def _read_token(self, batch: Any, rows: LengthRows, place: Place) -> Tensor:
         """The value model's states [R, H] after the token that each row was just fed."""
         slots, lengths = place.slots, place.take(batch.seq_lens).long()
-        new = place.take(batch.out_cache_loc).long()
-        token = decode_batch(place.take(batch.input_ids), lengths - 1, lengths, new, place.shift)
+        new, before = place.take(batch.out_cache_loc).long(), lengths - 1
+        rotary = self._rotary(place, before, 1)
+        token = decode_batch(place.take(batch.input_ids), before, lengths, new, rotary)
         if isinstance(self.candidates, SharedPrefixBackend):
-            mirror = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
-            self.candidates.prepare(slots, lengths - 1, int(mirror[rows.index].max()), token.out_cache_loc[:, None])
+            longest = int(self.host_lengths(batch, place).numpy().max())
+            self.candidates.prepare(slots, before, longest, new[:, None])
         else:
             token.req_pool_indices = slots
             if batch.seq_lens_cpu is not None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from torch import Tensor
@@ -24,7 +23,7 @@ from lenvm.guidance import Control, GuidanceRows, Scores, predicted_lengths
 from lenvm.lognormal import lognormal_log_q
 from lenvm.lookahead import prompt_distribution, prompt_summary
 from lenvm.sampler import draw
-from lenvm_kernels import build_candidates, prepare, tilt_sample
+from lenvm_kernels import build_candidates, extent, prepare, tilt_sample
 from lenvm_sglang.metrics import FallbackOutput, StepMetrics
 from lenvm_sglang.outputs import QUANTILES, LengthOutput, SequenceOutput
 from lenvm_sglang.rows import LengthRows, Place, Read
@@ -195,7 +194,8 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             candidates, scored = probe_end(candidates, parameters.think_end)
         elif worker.waits_for_nobody:
             # With no device to wait for, narrow the forward to the slots that any row uses.
-            candidates = scored = narrow(candidates, used_slots(candidates))
+            # At least one, also where no token is possible and none is left.
+            candidates = scored = narrow(candidates, max(extent(candidates)[0], 1))
         by_value = not place.present.isdisjoint(BY_VALUE)
         scores = worker.score(batch, place, scored, by_value)
         present = place.present
@@ -277,15 +277,6 @@ def prompt_lengths(scores: Scores, lenvm: LenvmConfig) -> Tensor:
         log_q, bins = lognormal_log_q(scores.z, lenvm)
         expected = length_from_logit(scores.z, lenvm.gamma)
     return torch.stack([expected, *(bins.quantile(log_q, p).float() for p in QUANTILES)], dim=-1)
-
-
-def used_slots(candidates: Candidates) -> int:
-    """How many of the first slots hold every candidate; at least one, also where logits were NaN and none is left."""
-    kept = candidates.log_p.numpy() > -np.inf
-    if kept[:, -1].any():
-        return kept.shape[1]
-    used = np.flatnonzero(kept.any(0))
-    return int(used[-1]) + 1 if len(used) else 1
 
 
 def narrow(candidates: Candidates, width: int) -> Candidates:

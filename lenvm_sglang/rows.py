@@ -43,6 +43,8 @@ class LengthRows:
             draws and is_steered == steered and not state.failed
             for draws, is_steered, state in zip(self.draws, self.steered, self.states, strict=True)
         ]
+        if all(wanted):
+            return self
         keep = [i for i, is_wanted in enumerate(wanted) if is_wanted]
         return self.only(keep) if keep else None
 

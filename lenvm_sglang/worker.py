@@ -27,9 +27,18 @@ from torch import Tensor
 from lenvm.candidates import Candidates
 from lenvm.format import LenvmConfig, read_lenvm_config
 from lenvm.guidance import Scores
-from lenvm_kernels import CandidateRows, DrawBuffers, Keep, RequestTables, SlotBuffers, place_candidates
+from lenvm_kernels import (
+    CandidateRows,
+    DrawBuffers,
+    Keep,
+    RequestTables,
+    SlotBuffers,
+    extent,
+    keep_chosen,
+    place_candidates,
+)
 from lenvm_sglang.attention import SharedPrefixBackend
-from lenvm_sglang.batches import candidate_positions, decode_batch, select_rows
+from lenvm_sglang.batches import decode_batch, select_rows
 from lenvm_sglang.model import reads_images, register_architecture
 from lenvm_sglang.rows import LengthRows, Place, Places, Read
 from lenvm_sglang.settings import Settings, StartError
@@ -227,7 +236,7 @@ class ValueWorker:
                 self._placed = self._place(batch, place, self.width if rows.steered[0] else 1, keep)
             else:
                 self._placed = None
-                self._keep(place, keep)
+                keep_chosen(keep, place.slots)
             return None
         self._placed = None
         index = to_device(rows.index, torch.int64, batch.seq_lens.device)
@@ -251,15 +260,6 @@ class ValueWorker:
     def _tables(self) -> RequestTables:
         assert self.virtual is not None
         return RequestTables(self.base.req_to_token_pool.req_to_token, self.virtual)
-
-    def _keep(self, place: Place, keep: Keep) -> None:
-        """Give the candidates chosen last the slots of their tokens, in every layer."""
-        source, target = self.chosen[place.slots], keep.target.long()
-        if not self.waits_for_nobody:
-            self.pool.move_kv_cache(target, source)
-            return
-        for buffer in self.kv.buffers:
-            buffer.index_copy_(0, target, buffer.index_select(0, source))
 
     def emitted(self, batch: Any, place: Place) -> Tensor:
         """[R] tokens that the rows' targets have counted before this step's."""
@@ -300,21 +300,19 @@ class ValueWorker:
         self.scored_rows += rows
         if self.virtual is not None:
             return self._score_in_parts(batch, place, candidates.token_ids, value)
-        own, sequence_lengths = place.scratch[:, :width], place.take(batch.seq_lens)
+        own, fed = place.scratch[:, :width], None
         tokens, slots = candidates.token_ids.flatten(), own.flatten()
-        positions, shift = candidate_positions(sequence_lengths, place.shift, width)
-        fed = None
-        if self.waits_for_nobody and width > 1 and not candidates.kept.all():
+        if self.waits_for_nobody and width > 1 and extent(candidates)[1] < rows * width:
             kept = candidates.kept.clone()
             kept[:, 0] = True  # a row whose logits hold NaN has no candidate, and is fed one all the same
             fed = kept.flatten().nonzero()[:, 0]
-            tokens, positions, slots = tokens[fed], positions[fed], slots[fed]
-            shift = None if shift is None else shift[fed]
             own = own.masked_fill(~kept, 0)
         longest = int(self.host_lengths(batch, place).numpy().max())
-        self.candidates.prepare(place.slots, sequence_lengths, longest, own, fed)
-        forward = decode_batch(tokens, positions, positions + 1, slots, shift)
-        scores = self.runner.model.scores(self._forward(forward, self.candidates), value)
+        where = self.candidates.prepare(place.slots, place.take(batch.seq_lens), longest, own, fed)
+        given: Any = tokens, where.positions, where.lengths, slots, self._rotary(place, where.positions, width)
+        if fed is not None:
+            given = [None if x is None else x[fed] for x in given]
+        scores = self.runner.model.scores(self._forward(decode_batch(*given), self.candidates), value)
 
         def spread(x: Tensor) -> Tensor:
             if fed is not None:
@@ -345,8 +343,8 @@ class ValueWorker:
                     value: bool) -> Scores:  # fmt: skip
         rows, width = token_ids.shape
         own = place.scratch[part, :width].reshape(-1)
-        shift = None if place.shift is None else place.shift[part, None].expand(rows, width).reshape(-1)
-        batch = decode_batch(token_ids.reshape(-1), placed.positions, placed.lengths, own, shift)
+        rotary = self._rotary(place, placed.positions, width, part)
+        batch = decode_batch(token_ids.reshape(-1), placed.positions, placed.lengths, own, rotary)
         batch.req_pool_indices = self.virtual_rows[: rows * width]
         # what the host's backends size their buffers by
         lengths = np.repeat(mirror.numpy() + 1, width)
@@ -355,6 +353,12 @@ class ValueWorker:
         self.candidates.init_forward_metadata(batch)
         hidden = self._forward(batch, self.candidates)
         return self.runner.model.scores(hidden.view(rows, width, -1), value)
+
+    def _rotary(self, place: Place, positions: Tensor, width: int, part: slice = slice(None)) -> Tensor | None:
+        """Rotary positions of candidates at `positions` [R * K], if the value model reads images."""
+        if place.shift is None:
+            return positions if self.sees_images else None
+        return positions + place.shift[part, None].expand(-1, width).reshape(-1)
 
     def draw_buffers(self, place: Place, logits: Tensor) -> DrawBuffers:
         """Where a draw of the rows goes: their logits [B, V], and `chosen`, from where the next `follow` keeps it."""

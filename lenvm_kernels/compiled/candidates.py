@@ -1,19 +1,22 @@
-"""`build_candidates`: strict bounds, torch's softmax, then the most probable tokens and the host's filters on them."""
+"""`build_candidates`: strict bounds, the most probable tokens, and the host's filters on them."""
 
 from __future__ import annotations
 
-from math import log
+from math import exp, log
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lenvm.candidates import Candidates, SamplingRows, most_likely
+from lenvm.candidates import LARGEST_LOGIT, Candidates, SamplingRows, most_likely, possible
 from lenvm.guidance import GuidanceRows, strict_bounds
 from lenvm_kernels.compiled.common import NEG_INF, compiled
 
 MAX_SELECTED = 64
 """Most tokens of a row that `select` keeps in order while it reads; for more the core's `most_likely` is faster."""
+_BLOCK = 64
+"""Logits that `select` looks through at once for one that is large enough."""
+_LARGEST = np.float32(LARGEST_LOGIT)
 
 
 @compiled("void(f4[:,::1], i8[:,:], b1[:], b1[:])")
@@ -53,50 +56,85 @@ def select(logits, count):
         row, best_id = logits[r], ids[r]
         best[:] = NEG_INF
         least = best[count - 1]
-        for v in range(columns):
-            if row[v] > least:
-                n = count - 1
-                while n > 0 and best[n - 1] < row[v]:
-                    best[n], best_id[n] = best[n - 1], best_id[n - 1]
-                    n -= 1
-                best[n], best_id[n] = row[v], v
-                least = best[count - 1]
+        for start in range(0, columns, _BLOCK):
+            block = row[start : start + _BLOCK]
+            if len(block) == _BLOCK:
+                above = np.int32(0)
+                for v in range(_BLOCK):  # a loop that the compiler turns into a few instructions
+                    above += np.int32(block[v] > least)
+                if above == 0:
+                    continue
+            for v in range(len(block)):
+                if block[v] > least:  # NaN is not
+                    n = count - 1
+                    while n > 0 and best[n - 1] < block[v]:
+                        best[n], best_id[n] = best[n - 1], best_id[n - 1]
+                        n -= 1
+                    best[n], best_id[n] = block[v], start + v
+                    least = best[count - 1]
     return ids
 
 
-@compiled("Tuple((i8[:,::1], f4[:,::1], b1[:,::1]))(f4[:,::1], i8[:,:], i8[:], f4[:], f4[:], i8[:,:], i8, b1)")
-def cut(probabilities, order, top_k, top_p, min_p, stops, width, filtered):
-    """Each row: probabilities [V] and ids [N] of its most probable tokens, the larger first; filtered, cut to `width`
-    and normalised."""
+@compiled(
+    "Tuple((i8[:,::1], f4[:,::1], b1[:,::1]))(f4[:,::1], i8[:,:], f4[:,:], f4[:], i8[:], f4[:], f4[:], i8[:,:], i8, b1)"
+)
+def cut(logits, order, probabilities, temperature, top_k, top_p, min_p, stops, width, filtered):
+    """Each row: ids [N] of its largest logits [V], the larger first; filtered, cut to `width` and normalised.
+    `probabilities` [V] may be empty, if no row has a top-p over the whole vocabulary."""
     rows, count = order.shape
-    vocabulary = probabilities.shape[1]
+    vocabulary = logits.shape[1]
     token_ids = np.zeros((rows, width), np.int64)
     log_p = np.full((rows, width), np.float32(NEG_INF))
     is_stop = np.zeros((rows, width), np.bool_)
-    p = np.empty(count)
+    x, weight = np.empty(count), np.empty(count, np.float32)  # of each, relative to the most probable
     for r in range(rows):
         for n in range(count):
-            p[n] = probabilities[r, order[r, n]] if order[r, n] >= 0 else 0.0
+            token = order[r, n]
+            logit = min(logits[r, token], _LARGEST) if token >= 0 else np.float32(NEG_INF)
+            x[n] = logit / temperature[r] if logit > NEG_INF else NEG_INF  # NaN is not
+        top = x[0] if x[0] > NEG_INF else 0.0
         within, total = count, 1.0
-        if filtered and top_k[r] < vocabulary:
-            within, total = min(count, top_k[r]), 0.0
-            for n in range(within):
-                total += p[n]
+        for n in range(count):
+            x[n] -= top
+            weight[n] = exp(x[n])
+        if filtered:
+            if top_k[r] < vocabulary:
+                within, total = min(count, top_k[r]), 0.0
+                for n in range(within):
+                    total += weight[n]
+            elif top_p[r] < 1.0:
+                total = 1.0 / probabilities[r, max(order[r, 0], 0)]
+            else:
+                total = np.inf
         before, mass = 0.0, 0.0
         for n in range(width):
             token_ids[r, n] = max(order[r, n], 0)  # an empty slot still names a token that exists
             for s in range(stops.shape[1]):
                 is_stop[r, n] |= token_ids[r, n] == stops[r, s]
-            keep = p[n] > 0.0  # NaN is not: a row with a NaN logit is empty
+            keep = weight[n] > 0.0
             if filtered:
-                keep &= n < within and before <= top_p[r] * total and p[n] >= min_p[r] * p[0]
-            before += p[n]
+                keep &= n < within and before <= top_p[r] * total and weight[n] >= min_p[r]
+            before += weight[n]
             if keep:
-                mass += p[n]
-                log_p[r, n] = log(p[n])
+                mass += weight[n]
+                log_p[r, n] = x[n]
         for n in range(width if mass > 0.0 else 0):
             log_p[r, n] -= log(mass)
     return token_ids, log_p, is_stop
+
+
+@compiled("UniTuple(i8, 2)(f4[:,:])")
+def extent(log_p):
+    """How many of the first slots [R, K] hold every candidate, and how many candidates there are."""
+    used, kept = 0, 0
+    for r in range(log_p.shape[0]):
+        for n in range(log_p.shape[1]):
+            if log_p[r, n] > NEG_INF:
+                used, kept = max(used, n + 1), kept + 1
+    return used, kept
+
+
+_NO_PROBABILITIES = np.empty((0, 0), np.float32)
 
 
 def build_candidates(
@@ -110,14 +148,16 @@ def build_candidates(
     """Arguments as in `lenvm_kernels.dispatch.build_candidates`."""
     vocabulary, given = logits.shape[1], logits
     width = min(max_candidates, vocabulary)
-    logits = logits.float().contiguous()
-    stops = stop_token_ids.numpy()
+    logits, stops = logits.float().contiguous(), stop_token_ids.numpy()
     if guidance is not None:
         logits = logits.clone() if logits is given else logits
         bound(logits.numpy(), stops, *(rows.numpy() for rows in strict_bounds(guidance)))
-    probabilities = torch.softmax(logits if sampling.no_temperature else logits / sampling.temperature[:, None], dim=-1)
     count = min(max(reach, width), vocabulary)
-    order = select(logits.numpy(), count) if count <= MAX_SELECTED else most_likely(logits, count).numpy()
-    filters = (sampling.top_k.numpy(), sampling.top_p.numpy(), sampling.min_p.numpy())
-    found = cut(probabilities.numpy(), order, *filters, stops, width, not sampling.unfiltered)
+    order = select(logits.numpy(), count) if count <= MAX_SELECTED else most_likely(possible(logits), count).numpy()
+    s, probabilities = sampling, _NO_PROBABILITIES
+    temperature, top_k, top_p, min_p = (t.numpy() for t in (s.temperature, s.top_k, s.top_p, s.min_p))
+    if not s.unfiltered and ((top_k >= vocabulary) & (top_p < 1)).any():
+        probabilities = torch.softmax(possible(logits) / s.temperature[:, None], dim=-1).numpy()
+    filters = (probabilities, temperature, top_k, top_p, min_p)
+    found = cut(logits.numpy(), order, *filters, stops, width, not s.unfiltered)
     return Candidates(*map(torch.from_numpy, found))

@@ -44,14 +44,15 @@ FOLDER = _folder()
 def compiled(*signature: str) -> Callable[[Function], Function]:
     """`numba.njit` with the machine code kept on disk, and the numbers of numpy: a division by zero is no exception.
 
-    With a signature it is compiled (or read from the disk) right here, and not at the first call."""
+    With signatures it is compiled (or read from the disk) right here, and not at the first call."""
 
     def decorate(function: Function) -> Function:
+        signatures = [list(signature)] if signature else []
         given, config.CACHE_DIR = config.CACHE_DIR, FOLDER
         try:
-            return njit(*signature, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+            return njit(*signatures, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
         except RuntimeError:  # nowhere to keep it: neither the package's folder nor a user's is writable
-            return njit(*signature, error_model="numpy")(function)  # type: ignore[no-any-return]
+            return njit(*signatures, error_model="numpy")(function)  # type: ignore[no-any-return]
         finally:
             config.CACHE_DIR = given
 

@@ -209,6 +209,18 @@ def guide_and_draw(
     return out, slot, chosen, statistics, status
 
 
+@compiled("void(f4[:,::1], i8[:], i8[:], i8[:], i8[:], i8[:], i8[:,:])")
+def write(logits, rows, tokens, slots, chosen, pool_rows, scratch):
+    """`lenvm_kernels.reference.write_draw`; no `rows` are all, without `chosen` nothing is noted."""
+    for r in range(len(tokens)):
+        row = logits[rows[r] if len(rows) else r]
+        row[:] = NEG_INF
+        row[tokens[r]] = 0.0
+        if len(chosen):
+            chosen[pool_rows[r]] = scratch[r, slots[r]]
+
+
+_NO_ROWS = torch.empty(0, dtype=torch.int64)
 _NOTHING = {dimensions: torch.empty((0,) * dimensions) for dimensions in (1, 2, 3)}
 
 
@@ -253,5 +265,10 @@ def tilt_sample(
     out, slot, chosen, statistics, status = map(torch.from_numpy, found)
     length, value, expected_value, kl = statistics.unbind(0)
     sample = TiltSample(out, slot, chosen, length if lengths else None, value, expected_value, kl, status)
-    write_draw(into, sample)
+    if into is not None and into.logits.dtype == torch.float32 and into.logits.is_contiguous():
+        chosen_slots, rows = (_NO_ROWS if t is None else t for t in (into.chosen, into.rows))
+        arrays = (into.logits, rows, chosen, slot, chosen_slots, into.pool_rows, into.scratch)
+        write(*(t.numpy() for t in arrays))
+    else:
+        write_draw(into, sample)
     return sample

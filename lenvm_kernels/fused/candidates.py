@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lenvm.candidates import Candidates, SamplingRows
+from lenvm.candidates import LARGEST_LOGIT, Candidates, SamplingRows
 from lenvm.guidance import Control, GuidanceRows, Mode
 from lenvm_kernels.fused.common import NEG_INF, NO_TOKEN, as_bytes, log_sum_exp, rowwise
 
@@ -23,6 +23,7 @@ CHUNK = 8192
 _SCAN = tl.constexpr(4096)
 """Logits that `lowest_ids` reads at a time."""
 
+_LARGEST = tl.constexpr(LARGEST_LOGIT)
 _AT_MOST = tl.constexpr(int(Mode.AT_MOST))
 _AT_LEAST = tl.constexpr(int(Mode.AT_LEAST))
 _NONE = tl.constexpr(int(Control.NONE))
@@ -31,9 +32,9 @@ _BIAS = tl.constexpr(int(Control.BIAS))
 
 @triton.jit
 def clean(x):
-    """A logit as float32: NaN is -inf (impossible), +inf the largest number, -0 is 0."""
+    """A logit as float32: NaN is -inf (impossible), nothing is above the largest, -0 is 0."""
     x = x.to(tl.float32) + 0.0
-    return tl.where(x == x, tl.minimum(x, 3.4028234e38), NEG_INF)
+    return tl.where(x == x, tl.minimum(x, _LARGEST), NEG_INF)
 
 
 @triton.jit

@@ -54,21 +54,11 @@ def place_kernel(
         tl.store(begin + target * width + byte, tl.load(begin + source * width + byte, mask=byte < width), byte < width)
 
 
-def place_candidates(
-    lengths: Tensor,
-    start: Tensor,
-    pool_rows: Tensor,
-    scratch: Tensor,
-    tables: RequestTables,
-    longest: int,
-    keep: Keep | None,
-) -> CandidateRows:
-    """Launch; arguments as in `lenvm_kernels.dispatch.place_candidates`."""
-    scratch, (requests, virtual) = rowwise(scratch), tables
-    rows, slots = scratch.shape
-    positions = torch.empty(2 * rows * slots + rows, dtype=torch.int64, device=lengths.device)
-    positions, sequences, emitted = positions.split([rows * slots, rows * slots, rows])
-    parts = triton.cdiv(longest, BLOCK)
+def _launch(
+    rows: int, pool_rows: Tensor, slots: int, placing: tuple[Tensor, ...], parts: int, keep: Keep | None
+) -> None:
+    """`placing`: the arguments that parts below `parts` read."""
+    lengths, start, scratch, requests, virtual, positions, sequences, emitted = placing
     pieces = 1 if keep is None else triton.cdiv(keep.kv.widest, BLOCK)
     buffers = 0 if keep is None else len(keep.kv.buffers)
     addresses, chosen, target = (
@@ -82,4 +72,27 @@ def place_candidates(
         slots, parts, pieces,
         BLOCK_K=max(16, triton.next_power_of_2(slots)), BLOCK=BLOCK, KEEP=keep is not None, num_warps=4,
     )  # fmt: skip
+
+
+def place_candidates(
+    lengths: Tensor,
+    start: Tensor,
+    pool_rows: Tensor,
+    scratch: Tensor,
+    tables: RequestTables,
+    longest: int,
+    keep: Keep | None,
+) -> CandidateRows:
+    """Launch; arguments as in `lenvm_kernels.dispatch.place_candidates`."""
+    scratch, (requests, virtual) = rowwise(scratch), tables
+    rows, slots = scratch.shape
+    made = torch.empty(2 * rows * slots + rows, dtype=torch.int64, device=lengths.device)
+    positions, sequences, emitted = made.split([rows * slots, rows * slots, rows])
+    placing = (lengths, start, scratch, requests, virtual, positions, sequences, emitted)
+    _launch(rows, pool_rows, slots, placing, triton.cdiv(longest, BLOCK), keep)
     return CandidateRows(positions, sequences, emitted)
+
+
+def keep_chosen(keep: Keep, pool_rows: Tensor) -> None:
+    """Launch; arguments as in `lenvm_kernels.dispatch.keep_chosen`."""
+    _launch(len(pool_rows), pool_rows, 1, (pool_rows,) * 8, 0, keep)

@@ -130,7 +130,7 @@ def test_unfiltered_rows_get_what_filters_that_are_off_leave() -> None:
     assert torch.equal(found.token_ids, want.token_ids)
     assert torch.equal(found.is_stop, want.is_stop)
     assert torch.equal(found.log_p.nan_to_num(), want.log_p.nan_to_num())
-    assert found.kept.sum(-1)[3:6].tolist() == [4, 1, 0]
+    assert found.kept.sum(-1)[3:6].tolist() == [4, 1, 6]
 
 
 def rows_of(probabilities: list[list[float]], stops: list[list[bool]]) -> Candidates:

@@ -14,8 +14,9 @@ import torch
 
 from lenvm.guidance import Control, Mode
 from lenvm.request import LengthFieldError, LengthRequest
+from lenvm_kernels import PrefixMasks, share_prefix
 from lenvm_sglang.admission import admit, draw_seed, number_samples, state_of
-from lenvm_sglang.attention import CandidateLayout, SharedPrefixBackend, attend
+from lenvm_sglang.attention import SharedPrefixBackend, attend
 from lenvm_sglang.batches import select_rows
 from lenvm_sglang.middleware import CHAT, COMPLETIONS, GENERATE, LengthFieldsMiddleware, annotate, lift_fields
 from lenvm_sglang.outputs import HostLengthOutput
@@ -55,7 +56,9 @@ def test_candidate_attention_is_that_of_separate_sequences() -> None:
     k, v = torch.randn(2, 3 * width, kv_heads, dim)
     own = torch.arange(40, 40 + 3 * width).view(3, width)
     k_cache, v_cache = torch.cat([k_cache, k]), torch.cat([v_cache, v])
-    layout = CandidateLayout.build(table, pool_rows, torch.tensor(lengths), max(lengths), own, q.dtype)
+    masks = PrefixMasks(q.dtype)
+    share_prefix(torch.tensor([2, 9, 1]), pool_rows, own, table, 9, masks)  # what another batch left behind
+    layout = share_prefix(torch.tensor(lengths), pool_rows, own, table, max(lengths), masks)
     out = attend(q, layout, k_cache, v_cache, 0.3)
     for i in range(3 * width):
         row = i // width
@@ -79,7 +82,7 @@ def test_feeding_some_candidates_gives_them_what_feeding_all_does() -> None:
         cache[0, where.loc], cache[1, where.loc] = key, value
 
     pool = SimpleNamespace(get_key_buffer=lambda _: cache[0], get_value_buffer=lambda _: cache[1], set_kv_buffer=write)
-    table = torch.randperm(40).view(4, 10)
+    table = torch.randperm(40).int().view(4, 10)
     backend = SharedPrefixBackend(pool, SimpleNamespace(req_to_token=table), torch.float32)
     layer = SimpleNamespace(
         tp_q_head_num=heads, tp_k_head_num=heads, tp_v_head_num=heads, qk_head_dim=dim, v_head_dim=dim, layer_id=0,

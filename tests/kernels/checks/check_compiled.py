@@ -56,7 +56,10 @@ def cut(logits: list[float], *given: float) -> dict[int, float]:
 def test_edges_of_the_cut() -> None:
     no = -INF
     assert list(cut([0.0] * 5)) == [0, 1, 2]  # ties to the lower id
-    assert cut([NAN, 1.0, 0.0, no, no]) == cut([INF, 1.0, 0.0, no, no]) == cut([no] * 5) == {}  # as in the reference
+    assert list(cut([NAN, 1.0, 0.0, no, no])) == [1, 2]  # NaN is impossible
+    assert list(cut([INF, 1.0, 0.0, no, no])) == [0]
+    assert cut([no] * 5) == cut([NAN] * 5) == {}
+    assert list(cut([NAN, 1.0, 0.0, no, no], 1.0, 99, 0.9, 0.0)) == [1, 2]
     assert list(cut([-0.0, 0.0, no, no, no])) == [0, 1]
     assert list(cut([0.0, 5.0, 4.0, 1.0, no], 1.0, 1, 1.0, 0.0)) == [1]  # top-k
     assert list(cut([0.0, 5.0, 4.0, 1.0, no], 1.0, 99, 0.01, 0.0)) == [1]  # top-p keeps the first

@@ -1,11 +1,24 @@
-"""`place_candidates`, and where `tilt_sample` writes its draw, against plain torch."""
+"""What surrounds the candidates' forward, and where `tilt_sample` writes its draw, against plain torch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lenvm_kernels import DrawBuffers, Keep, RequestTables, SlotBuffers, place_candidates, reference, tilt_sample
+from lenvm.candidates import Candidates
+from lenvm_kernels import (
+    DrawBuffers,
+    Keep,
+    PrefixMasks,
+    RequestTables,
+    SlotBuffers,
+    extent,
+    keep_chosen,
+    place_candidates,
+    reference,
+    share_prefix,
+    tilt_sample,
+)
 from tests.kernels.checks import quick, rows
 
 assert quick
@@ -53,6 +66,47 @@ def test_candidates_are_placed_and_the_last_choice_is_kept(dtype: torch.dtype, k
     for a, b, fresh in zip(ours.kv.buffers, theirs.kv.buffers, Pools().kv.buffers, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a[target.long()], fresh[ours.chosen[pool_rows]] if kept else fresh[target.long()])
+
+
+def test_the_last_choice_is_kept_by_itself() -> None:
+    ours, theirs = Pools(), Pools()
+    pool_rows, target = torch.tensor([4, 0, 8]), torch.tensor([0, 17, 3])
+    keep_chosen(Keep(ours.kv, ours.chosen, target.int()), pool_rows)
+    reference.keep_chosen(Keep(theirs.kv, theirs.chosen, target), pool_rows)
+    assert all(torch.equal(a, b) for a, b in zip(ours.kv.buffers, theirs.kv.buffers, strict=True))
+    assert not torch.equal(ours.kv.buffers[0], Pools().kv.buffers[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_masks_that_are_kept_are_those_made_anew(dtype: torch.dtype) -> None:
+    """Steps of the same batch, of fewer and more rows and candidates, and beyond the first size."""
+    g = torch.Generator().manual_seed(1)
+    pools, kept = Pools(), PrefixMasks(dtype)
+    sizes = [(3, 4, 30), (3, 4, 31), (3, 4, 32), (2, 2, 200), (3, 4, 5), (4, 4, 260), (1, 6, 270), (4, 1, 9)]
+    for rows_now, width, longest in sizes:
+        lengths = torch.randint(1, longest + 1, (rows_now,), generator=g, dtype=torch.int32)
+        lengths[0] = longest
+        pool_rows = torch.randperm(POOL, generator=g)[:rows_now]
+        own = pools.scratch[pool_rows, :width]
+        found = share_prefix(lengths, pool_rows, own, pools.requests, longest, kept)
+        anew = PrefixMasks(dtype)
+        anew.fit(rows_now, width, longest)
+        wanted = reference.share_prefix(lengths.long(), pool_rows, own, pools.requests, longest, anew)
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.equal(a, b), (rows_now, width, longest)
+        for row, length in enumerate(lengths.tolist()):
+            assert found.mask.shape == (rows_now, 1, width, width + longest)
+            assert (found.mask[row, 0] == 0).sum() == width * (1 + length)
+
+
+def test_extent() -> None:
+    log_p = torch.full((3, 5), -torch.inf)
+    ids, stops = torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.bool)
+    for where, wanted in (((), (0, 0)), ((0, 0), (1, 1)), ((2, 3), (4, 2)), ((1, 4), (5, 3))):
+        if where:
+            log_p[where] = -1.0
+        candidates = Candidates(ids, log_p.clone(), stops)
+        assert extent(candidates) == reference.extent(candidates) == wanted
 
 
 @pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
