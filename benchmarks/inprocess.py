@@ -172,11 +172,13 @@ class Step(NamedTuple):
 
     Attributes:
         unguided, guided: whole steps.
-        base, value: bare forwards in them; the value model's with its heads.
+        alone: bare forwards of the base model in unguided steps.
+        base, value: bare forwards in guided steps; the value model's with its heads.
     """
 
     unguided: list[float]
     guided: list[float]
+    alone: list[float]
     base: list[float]
     value: list[float]
 
@@ -189,6 +191,12 @@ class Step(NamedTuple):
     def allowed(self) -> float:
         """What it would be if a guided step were an unguided one and a bare forward of the value model."""
         return median(self.unguided) / (median(self.unguided) + median(self.value))
+
+    @property
+    def allowed_beside(self) -> float:
+        """The same with the base model's forward as slow as it is beside a value model, which takes its caches."""
+        beside = median(self.unguided) - median(self.alone) + median(self.base)
+        return median(self.unguided) / (beside + median(self.value))
 
 
 def stopwatch(function: Callable[..., Any], into: list[float]) -> Callable[..., Any]:
@@ -212,7 +220,7 @@ def measure(
     engine: InProcess, rows: int, context: int, tokens: int, fields: dict[str, Any], repeats: int, **sampling: Any
 ) -> Step:
     """Decode steps of `rows` requests, unguided and guided in turn, `repeats` times: the machine may be shared."""
-    out = Step([], [], [], [])
+    out = Step([], [], [], [], [])
     worker = engine.worker
     graphs = engine.runner.decode_cuda_graph_runner
     graphed = torch.cuda.is_available() and graphs is not None
@@ -222,17 +230,21 @@ def measure(
         # bare forwards in runs of their own: on a GPU timing them means waiting for them
         out.unguided.extend(ask(None)[2:])
         out.guided.extend(ask(fields)[2:])
-        base, value = [0.0], [0.0]
+        alone, base, value = [0.0], [0.0], [0.0]
 
-        def next_step(batch: Any, base: list[float] = base, value: list[float] = value) -> None:
-            base.append(0.0), value.append(0.0)
+        def next_step(batch: Any, sums: tuple[list[float], ...] = (base, value)) -> None:
+            for of_steps in sums:
+                of_steps.append(0.0)
 
+        with engine.replaced(model, forward, stopwatch(getattr(model, forward), alone)):
+            ask(None, at_step=partial(next_step, sums=(alone,)))
         with (
             engine.replaced(model, forward, stopwatch(getattr(model, forward), base)),
             engine.replaced(worker, "_forward", stopwatch(worker._forward, value)),
             engine.replaced(worker.runner.model, "scores", stopwatch(worker.runner.model.scores, value)),
         ):
             ask(fields, at_step=next_step)
+        out.alone.extend(alone[4:])
         out.base.extend(base[4:])
         out.value.extend(value[4:])
     return out

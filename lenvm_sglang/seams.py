@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lenvm_sglang import admission, responses, settings, versions
 from lenvm_sglang.metrics import RequestMetrics, request_metrics, step_metrics
@@ -23,6 +23,9 @@ from lenvm_sglang.scope import ThinkTags
 from lenvm_sglang.settings import Settings, StartError
 
 logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from lenvm_sglang.rows import LengthRows
 
 Hook = tuple[str, str, Callable[..., Any]]
 """(target, kind, hook)."""
@@ -41,6 +44,8 @@ class Process:
         command_line: the launcher came from the command line, where a refusal is one sentence and an exit status.
         worker: the value worker of a scheduler process.
         step: the sampling step under way in a scheduler process.
+        decoded: the host's requests in its last decode step and their rows with length fields, which are the same in
+            the next one if the requests are.
         metrics: of the front end's process, with `--enable-metrics`.
         longest: in a front end's process, most tokens of prompt and completion together.
         sees_images: in a front end's process, the value model reads the images of a prompt.
@@ -52,6 +57,7 @@ class Process:
     command_line: bool = False
     worker: Any = None
     step: Any = None
+    decoded: tuple[list[Any], LengthRows | None] | None = None
     metrics: RequestMetrics | None = None
     longest: int = 0
     sees_images: bool = False
@@ -389,13 +395,31 @@ def forward_batch(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any)
     """AFTER ForwardBatch.init_new: which rows carry length fields."""
     if process.worker is None:
         return
-    from lenvm_sglang.rows import LengthRows, Seen
-
     if process.worker.reads_base:
         from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 
         result.capture_hidden_mode = max(result.capture_hidden_mode, CaptureHiddenMode.LAST)
     decode = batch.forward_mode.is_decode()
+    if decode and process.decoded is not None and process.decoded[0] == batch.reqs:
+        rows = process.decoded[1]
+    else:
+        rows = length_rows(batch, decode)
+        # a scope reads the tokens of every step
+        lasting = decode and (rows is None or all(state.scope is None for state in rows.states))
+        process.decoded = (list(batch.reqs), rows) if lasting else None
+    index = [] if rows is None else rows.index
+    result.lenvm_requests, result.lenvm_rows = [batch.reqs[i] for i in index], rows
+    result.lenvm_seen = None
+    if not decode and process.worker.sees_images and any(result.mm_inputs[i] is not None for i in index):
+        from lenvm_sglang.rows import Seen
+
+        result.lenvm_seen = Seen(result.input_ids.clone(), list(result.mm_inputs))
+
+
+def length_rows(batch: Any, decode: bool) -> LengthRows | None:
+    """The rows of a batch that carry length fields."""
+    from lenvm_sglang.rows import LengthRows
+
     index: list[int] = []
     states, draws, steered, moved = [], [], [], []
     lengths = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
@@ -416,11 +440,7 @@ def forward_batch(result: Any, cls: type, batch: Any, *args: Any, **kwargs: Any)
         )
         whole = decode or int(lengths[i]) == len(req.full_untruncated_fill_ids)
         draws.append(whole and req.sampling_params.max_new_tokens != 0 and state.sequence_from is None)
-    result.lenvm_requests = [batch.reqs[i] for i in index]
-    result.lenvm_rows = LengthRows(index, states, draws, steered, moved) if index else None
-    result.lenvm_seen = None
-    if not decode and process.worker.sees_images and any(result.mm_inputs[i] is not None for i in index):
-        result.lenvm_seen = Seen(result.input_ids.clone(), list(result.mm_inputs))
+    return LengthRows(index, states, draws, steered, moved) if index else None
 
 
 def model_forward(result: Any, self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
@@ -490,6 +510,8 @@ def fail_requests(forward_batch: Any, processor: Any, failed: list[tuple[Any, Ex
         if failed
         else {}
     )
+    if failed:
+        process.decoded = None
     for state, error in failed:
         req = requests[id(state)]
         state.failed = req.skip_radix_cache_insert = True

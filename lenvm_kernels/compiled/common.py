@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from math import log
 from pathlib import Path
 from typing import Any
@@ -41,18 +41,20 @@ def _folder() -> str:
 FOLDER = _folder()
 
 
-def compiled(*signature: str) -> Callable[[Function], Function]:
+def compiled(*signature: str, fastmath: Collection[str] = ()) -> Callable[[Function], Function]:
     """`numba.njit` with the machine code kept on disk, and the numbers of numpy: a division by zero is no exception.
 
-    With signatures it is compiled (or read from the disk) right here, and not at the first call."""
+    With signatures it is compiled (or read from the disk) right here, and not at the first call. `fastmath` names what
+    the compiler may do to floats, by LLVM's flags."""
 
     def decorate(function: Function) -> Function:
         signatures = [list(signature)] if signature else []
+        options = {"error_model": "numpy", "fastmath": set(fastmath)}
         given, config.CACHE_DIR = config.CACHE_DIR, FOLDER
         try:
-            return njit(*signatures, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+            return njit(*signatures, cache=True, **options)(function)  # type: ignore[no-any-return]
         except RuntimeError:  # nowhere to keep it: neither the package's folder nor a user's is writable
-            return njit(*signatures, error_model="numpy")(function)  # type: ignore[no-any-return]
+            return njit(*signatures, **options)(function)  # type: ignore[no-any-return]
         finally:
             config.CACHE_DIR = given
 

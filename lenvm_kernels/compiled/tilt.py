@@ -46,6 +46,16 @@ def log_sum_exp(x):
     return highest + log(total)
 
 
+@compiled(fastmath=("reassoc", "contract"))
+def weigh(q, kernel):
+    """sum over bins of q [B] times its kernel, [1 + B] from the second on, and of q; the sums in any order."""
+    weight, mass = 0.0, 0.0
+    for b in range(len(q)):
+        weight += q[b] * kernel[1 + b]
+        mass += q[b]
+    return weight, mass
+
+
 @compiled()
 def expectation(log_p, u, beta):
     """E[u] under p exp(beta u), p [K] not normalised."""
@@ -110,7 +120,7 @@ def guide_and_draw(
     token and of each bin, has a line for each row, or is `lenvm.guidance.kernel_table`. It or `means` [B] may be empty,
     if no row is a posterior's or no length of a distribution is wanted."""
     rows, slots = log_p.shape
-    bins, counted, reach = kernels.shape[1] - 1, len(means), kernels.shape[0] // _MODES
+    counted, reach = len(means), kernels.shape[0] // _MODES
     out = np.empty((rows, slots), np.float32)
     slot, chosen = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     statistics = np.zeros((4, rows), np.float32)
@@ -143,10 +153,7 @@ def guide_and_draw(
             for k in range(slots):
                 weight = kernel[0] if kept[k] else 0.0
                 if scored[k]:
-                    weight, mass = 0.0, 0.0
-                    for b in range(bins):
-                        weight += q[r, k, b] * kernel[1 + b]
-                        mass += q[r, k, b]
+                    weight, mass = weigh(q[r, k], kernel)
                     bad |= not mass < np.inf
                 most = max(most, weight)
                 guided[k] += sharpness[r] * log(weight + _FLOOR)

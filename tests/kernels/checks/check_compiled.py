@@ -27,7 +27,7 @@ MUTANTS = {
     "stop tokens scored": ("tilt", "kept[k] and not stops[r, k]", "kept[k]"),
     "at_most for at_least": ("tilt", "if mode == _AT_MOST:\n            cost = -", "if mode == _AT_LEAST:\n            cost = -"),  # noqa: E501
     "no sharpness": ("tilt", "sharpness[r] * log(weight", "log(weight"),
-    "a bin left out": ("tilt", "for b in range(bins):\n                        weight", "for b in range(bins - 1):\n                        weight"),  # noqa: E501
+    "a bin left out": ("tilt", "for b in range(len(q)):", "for b in range(len(q) - 1):"),
     "kernel of another target": ("tilt", "max(left + 1, 0)", "max(left, 0)"),
     "soft without its bound": ("tilt", "return 0.0\n", "pass\n"),
     "bisection the wrong way": ("tilt", "expectation(log_p, u, middle) < wanted", "expectation(log_p, u, middle) > wanted"),  # noqa: E501
