@@ -36,8 +36,8 @@ from benchmarks.pairs import make_pair
 
 FIELDS = {"posterior": {"length_target": 4096}, "bias": {"length_bias": -2.0}, "values": {"return_length_values": True}}
 KERNELS = {"place_candidates": 1, "build_candidates": 2, "masses": 1, "lookahead_scores": 2, "tilt_sample": 1}
-"""Launches of each: a kernel; top-k and a kernel, and one more (`masses`) where a row has a top-k, top-p or min-p; two
-kernels; a kernel."""
+"""Launches of each: a kernel; top-k and a kernel, and one more (`masses`) where a row has a top-p without
+a top-k; two kernels; a kernel."""
 HEAD = 2
 """Of `value_head`, which belongs to the forward: a kernel and the sum of its parts."""
 PICKS = {"index", "index_select", "gather", "embedding"}
@@ -98,7 +98,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             with self.phase(phase):
                 if count:
                     self.now[count] += 1
-                    self.now["masses"] += count == "build_candidates" and not args[1].unfiltered
+                    if count == "build_candidates":
+                        self.now["masses"] += not (args[1].unfiltered or args[1].no_whole_top_p)
                 if tokens:
                     self.now["tokens"] += args[0].input_ids.shape[0]
                 return function(*args, **kwargs)

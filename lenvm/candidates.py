@@ -53,6 +53,8 @@ class SamplingRows:
         min_p: float in [0, 1]; 0 switches it off.
         unfiltered: the host knows that no row has a top-k, top-p or min-p; they are not looked at then.
         no_min_p: the host knows that no row has a min-p.
+        no_whole_top_p: the host knows that no row has a top-p without a top-k; only those need the probability of the
+            whole vocabulary.
         no_temperature: the host knows that every row's temperature is 1.
 
     The rows of a batch keep their settings from step to step, and with the object what it derives from them.
@@ -64,6 +66,7 @@ class SamplingRows:
     min_p: Tensor
     unfiltered: bool = False
     no_min_p: bool = False
+    no_whole_top_p: bool = False
     no_temperature: bool = False
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -90,8 +91,10 @@ class PrefixMasks:
         have_rows, have_width, have_length = self.mask.shape
         if rows <= have_rows and width <= have_width and longest <= have_length - have_width:
             return
-        rows, width = max(rows, have_rows), max(width, have_width)
-        length = max(have_length - have_width, -(-longest // _STEP) * _STEP)
+        length = -(-longest // _STEP) * _STEP
+        larger = max(rows, have_rows), max(width, have_width), max(length, have_length - have_width)
+        if prod(larger) <= 2 * rows * width * length:  # or many rows after a long one would take the size of both
+            rows, width, length = larger
         self.mask = torch.full((rows, width, width + length), -torch.inf, dtype=self.dtype, device=self.device)
         self.mask.diagonal(dim1=1, dim2=2).zero_()
         self.seen = torch.zeros(rows, dtype=torch.int64)

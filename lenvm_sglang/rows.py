@@ -92,6 +92,7 @@ class Place:
             self.slots,
             unfiltered=not filtered,
             no_min_p=not any(s.min_p > 0 for s in rows.states),
+            no_whole_top_p=not any(s.top_p < 1 and s.top_k >= vocabulary for s in rows.states),
             no_temperature=all(s.temperature == 1 for s in rows.states),
         )
         self.present = frozenset(s.request.control_code for s in rows.states)

@@ -156,7 +156,7 @@ def build_candidates(
     order = select(logits.numpy(), count) if count <= MAX_SELECTED else most_likely(possible(logits), count).numpy()
     s, probabilities = sampling, _NO_PROBABILITIES
     temperature, top_k, top_p, min_p = (t.numpy() for t in (s.temperature, s.top_k, s.top_p, s.min_p))
-    if not s.unfiltered and ((top_k >= vocabulary) & (top_p < 1)).any():
+    if not (s.unfiltered or s.no_whole_top_p) and ((top_k >= vocabulary) & (top_p < 1)).any():
         probabilities = torch.softmax(possible(logits) / s.temperature[:, None], dim=-1).numpy()
     filters = (probabilities, temperature, top_k, top_p, min_p)
     found = cut(logits.numpy(), order, *filters, stops, width, not s.unfiltered)

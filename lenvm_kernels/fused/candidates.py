@@ -2,9 +2,9 @@
 
 Order does not depend on the temperature, so the top-k runs on the logits as they are. Of several equal logits at its
 end it takes any; `cut_kernel` then reads the row once more and takes those of the lowest ids. top-p without a top-k is
-relative to the whole vocabulary: `mass_kernel` sums it in one reading, split over programs, and leaves the stop tokens
-out, because whether they count is known only later; `cut_kernel` adds them. A row at its strict bound takes its
-candidates from the stop tokens instead of from the top-k.
+relative to the whole vocabulary: where a row has one, `mass_kernel` sums it in one reading, split over programs, and
+leaves the stop tokens out, because whether they count is known only later; `cut_kernel` adds them. A row at its strict
+bound takes its candidates from the stop tokens instead of from the top-k.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def cut_kernel(
     mode_row, control_row, target_row, emitted_row, strict_row,
     V, S, N, TOP_ROW, PARTS, WIDTH,
     BLOCK_N: tl.constexpr, BLOCK_PARTS: tl.constexpr, BOUNDS: tl.constexpr, FILTERED: tl.constexpr,
-    TIES: tl.constexpr,
+    TIES: tl.constexpr, MASSES: tl.constexpr,
 ):  # fmt: skip
     """One row: its N most probable tokens, filtered, cut to WIDTH and normalised."""
     row = tl.program_id(0).to(tl.int64)
@@ -153,7 +153,9 @@ def cut_kernel(
         top_k = tl.load(TOP_K + row * top_k_row)
         within = tl.where(n < top_k, weight, 0.0)
         total = tl.sum(within, 0)
-        if (top_k >= V) & ~force:
+        if not MASSES:
+            total = tl.where(top_k >= V, float("inf"), total)
+        elif (top_k >= V) & ~force:
             part = tl.arange(0, BLOCK_PARTS)
             place = MASS + (row * PARTS + part) * 2
             part_top = tl.load(place, mask=part < PARTS, other=NEG_INF)
@@ -196,7 +198,8 @@ def build_candidates(
     device = logits.device
     mass = torch.empty(rows, parts, 2, dtype=torch.float32, device=device)
     temperature = sampling.temperature
-    if not sampling.unfiltered:
+    masses = not (sampling.unfiltered or sampling.no_whole_top_p)
+    if masses:
         mass_kernel[(rows, parts)](
             logits, temperature, stops, mass, logits.stride(0), temperature.stride(0), stops.stride(0),
             vocabulary, stop_count, parts, CHUNK=CHUNK, BLOCK=1024, num_warps=4,
@@ -216,6 +219,6 @@ def build_candidates(
         logits.stride(0), stops.stride(0), *(f.stride(0) for f in filters), *(b.stride(0) for b in bounds),
         vocabulary, stop_count, count, top.shape[1], parts, width,
         BLOCK_N=block, BLOCK_PARTS=triton.next_power_of_2(parts), BOUNDS=guidance is not None,
-        FILTERED=not sampling.unfiltered, TIES=count < vocabulary, num_warps=4,
+        FILTERED=not sampling.unfiltered, TIES=count < vocabulary, MASSES=masses, num_warps=4,
     )  # fmt: skip
     return Candidates(token_ids=token_ids, log_p=log_p, is_stop=is_stop.view(torch.bool))

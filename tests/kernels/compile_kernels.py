@@ -35,7 +35,7 @@ CUT = {
     **dict.fromkeys(["MASS", "TEMPERATURE", "TOP_P", "MIN_P", "LOG_P"], "*fp32"),
     **{"LOGITS": "*bf16", "TOP": "*bf16", "STRICT": "*u8", "IS_STOP": "*u8"},
 }
-CUT_SIZES = {"BLOCK_N": 32, "BLOCK_PARTS": 32, "BOUNDS": True, "FILTERED": True, "TIES": True}
+CUT_SIZES = {"BLOCK_N": 32, "BLOCK_PARTS": 32, "BOUNDS": True, "FILTERED": True, "TIES": True, "MASSES": True}
 MASS = {"LOGITS": "*bf16", "TEMPERATURE": "*fp32", "STOPS": "*i64", "MASS": "*fp32"}
 
 

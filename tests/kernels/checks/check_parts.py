@@ -99,7 +99,7 @@ def test_of_equal_logits_the_lowest_ids_whatever_else_is_in_the_batch(dtype: tor
         target=torch.full((count,), 6), emitted=torch.arange(count), sharpness=torch.ones(count),
         tolerance=torch.zeros(count), strict=strict, bias=torch.zeros(count),
     )  # fmt: skip
-    got = build_candidates(logits, sampling, stops, 16, guidance, reach=16)
+    got = build_candidates(logits, replace(sampling, no_whole_top_p=True), stops, 16, guidance, reach=16)
     want = reference.build_candidates(logits, sampling, stops, 16, guidance, None)
     for r in range(count):
         row = slice(r, r + 1)
@@ -121,9 +121,9 @@ def cut(logits: list[float], strict: bool = False, mode: Mode = Mode.EQUAL_TO, l
     filtered = core_tests.settings_of([(1.0, 99, 1.0, 0.0)])
     results = [
         as_dict(build_candidates(torch.tensor([logits]), settings, torch.tensor([[1, 3]]), 3, guidance, reach=3), 0)
-        for settings in (filtered, replace(filtered, unfiltered=True))
+        for settings in (filtered, replace(filtered, no_whole_top_p=True), replace(filtered, unfiltered=True))
     ]
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
     return results[0]
 
 
