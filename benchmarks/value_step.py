@@ -13,7 +13,6 @@ operator; caches are not thought of.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -257,7 +256,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/value_step.csv"), help="CSV file to write")
     options = parser.parse_args(arguments)
     quiet()
-    os.environ["SGLANG_NATIVE_MOVE_KV_CACHE"] = "" if torch.cuda.is_available() else "1"
     rows, contexts = ((2,), (20,)) if options.dry else ((1, 8, 32), (128, 1024))
     with tempfile.TemporaryDirectory() as folder, Table(options.out) as table:
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"

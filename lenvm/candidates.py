@@ -140,6 +140,7 @@ def build_candidates(
     within_k = sorted_p * in_top_k
     mass = within_k.cumsum(-1)
     keep = mass - within_k <= sampling.top_p[:, None] * mass[:, -1:].masked_fill(no_top_k, 1.0)
+    keep |= sampling.top_p[:, None] >= 1  # the sum may round to more than 1
     if not sampling.no_min_p:
         keep &= sorted_p >= sampling.min_p[:, None] * sorted_p[:, :1]
     log_p = (within_k[:, :width] * keep[:, :width]).log()  # a probability of 0 is an empty slot by itself
@@ -152,15 +153,30 @@ def possible(logits: Tensor) -> Tensor:
 
 
 def most_likely(logits: Tensor, count: int) -> Tensor:
-    """[R, count] int64 ids of each row's largest logits, the larger first and among equals the lower id.
+    """[R, count] int64 ids of each row's largest logits, the larger first and among equals the lower id; those of
+    impossible tokens come last, in any order.
 
-    A top-k of torch leaves it to the device which of several equal logits get in, and equal ones are common (forbidden
-    tokens, half precision). Does not synchronise.
+    A top-k of torch leaves it to the device which of several equal logits get in, and equal ones are common in half
+    precision. Does not synchronise with a device other than the CPU.
 
     Args:
         logits: [R, V] float32, without NaN.
         count: at most V.
     """
+    if logits.device.type != "cpu" or count == logits.shape[-1]:
+        return _by_keys(logits, count)
+    # a CPU may be asked whether the choice at the end matters at all
+    top, order = logits.topk(count + 1, dim=-1)
+    tied = (top[:, count - 1] == top[:, count]) & (top[:, count] > -torch.inf)
+    order = order[:, :count].sort(dim=-1).values
+    order = order.gather(-1, logits.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)
+    if tied.any():
+        order[tied] = _by_keys(logits[tied], count)
+    return order
+
+
+def _by_keys(logits: Tensor, count: int) -> Tensor:
+    """`most_likely` by a top-k of integers that hold logit and id, of which no two are equal."""
     last = logits.shape[-1] - 1
     bits = (logits + 0.0).view(torch.int32)  # -0 is 0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # order of the integers = order of the floats

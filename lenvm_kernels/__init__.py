@@ -2,9 +2,10 @@
 
 Five functions, each with plain torch as its reference: `place_candidates` (where candidates will stand, and the KV of
 the last choice), `build_candidates` (cut the candidate sets), `value_head` (hidden states to z), `lookahead_scores`
-(hidden states to the scores of candidates that nobody read) and `tilt_sample` (guide, draw, write, report). On a CPU
-`build_candidates` and `tilt_sample` are compiled by numba. `lenvm_kernels.dispatch` picks the kernel or the reference.
-Imports without Triton and numba; knows no host.
+(hidden states to the scores of candidates that nobody read) and `tilt_sample` (guide, draw, write, report). For a CPU
+numba compiles `build_candidates`, `tilt_sample` and what stands in for `place_candidates` there: `keep_chosen`,
+`share_prefix`, `extent`. `lenvm_kernels.dispatch` picks the kernel or the reference. Imports without Triton and numba;
+knows no host.
 """
 
 from __future__ import annotations

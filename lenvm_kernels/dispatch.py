@@ -1,9 +1,9 @@
 """The one place that chooses between a Triton kernel, a compiled one and the reference.
 
 Triton runs where its tensors are on a CUDA device, or anywhere under TRITON_INTERPRET=1 (Triton's own interpreter,
-for tests; Triton reads the variable when it is imported, and so do we). On a CPU, where numba is installed, two of the
-functions have a compiled kernel. Everything else takes the plain torch of the core, and so do the few calls that the
-kernels do not cover; each function says which. None synchronises with the host.
+for tests; Triton reads the variable when it is imported, and so do we). On a CPU, where numba is installed, most
+functions have a compiled kernel. Everything else takes plain torch, and so do the few calls that the kernels do not
+cover; each function says which. None but `extent` synchronises with the host.
 """
 
 from __future__ import annotations
@@ -63,10 +63,11 @@ def build_candidates(
 ) -> Candidates:
     """Cut the candidate sets of R rows; `lenvm.candidates.build_candidates` says what a candidate is.
 
-    A top-k of torch and two launches, or a call of the compiled kernel. The reference is taken where `reach` is unknown
-    or above `MAX_REACH`, and where a row may have more than `MAX_STOPS` stop tokens. All three order tokens by their
-    logits, equal ones by their id, and take the same, so that a row's candidates do not depend on its batch. A NaN
-    logit makes its token impossible; a row without any possible token comes back empty (all log_p -inf).
+    A top-k of torch and one launch (two where a row has a top-p without a top-k), or a call of the compiled kernel. The
+    reference is taken where `reach` is unknown or above `MAX_REACH`, and where a row may have more than `MAX_STOPS`
+    stop tokens. All three order tokens by their logits, equal ones by their id, and take the same, so that a row's
+    candidates do not depend on its batch. A NaN logit makes its token impossible, and with Triton takes the place of a
+    candidate; a row without any possible token comes back empty (all log_p -inf).
 
     Args:
         logits: [R, V] float after penalties, bias and grammar; -inf for forbidden tokens.

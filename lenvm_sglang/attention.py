@@ -55,7 +55,9 @@ class SharedPrefixBackend:
     def __init__(self, kv_pool: Any, request_pool: Any, dtype: torch.dtype) -> None:
         self.token_to_kv_pool = kv_pool
         self.req_to_token_pool = request_pool
-        self.masks = PrefixMasks(dtype, request_pool.req_to_token.device)
+        device = request_pool.req_to_token.device
+        # watched rows have one candidate, steered ones many: a batch of both has two forwards a step
+        self.masks = {alone: PrefixMasks(dtype, device) for alone in (True, False)}
         self.layout: PrefixRows | None = None
         self.fed: Tensor | None = None
 
@@ -74,7 +76,8 @@ class SharedPrefixBackend:
             Where all R x K stand; until the next call.
         """
         table = self.req_to_token_pool.req_to_token
-        self.layout = share_prefix(prefix_lengths, pool_rows, own, table, longest, self.masks)
+        masks = self.masks[own.shape[1] == 1]
+        self.layout = share_prefix(prefix_lengths, pool_rows, own, table, longest, masks)
         self.fed = fed
         return self.layout
 

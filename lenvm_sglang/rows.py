@@ -90,6 +90,7 @@ class Place:
         filtered = any(s.top_k < vocabulary or s.top_p < 1 or s.min_p > 0 for s in rows.states)
         self.parameters = table.parameters(
             self.slots,
+            max(len(s.stop_token_ids) for s in rows.states),
             unfiltered=not filtered,
             no_min_p=not any(s.min_p > 0 for s in rows.states),
             no_whole_top_p=not any(s.top_p < 1 and s.top_k >= vocabulary for s in rows.states),

@@ -163,11 +163,12 @@ class RowTable:
         self.floats[slots] = to_device(floats, torch.float32, self.device)
         self.stops[slots] = to_device(stops, torch.int64, self.device)
 
-    def parameters(self, slots: Tensor, **known: bool) -> RowParameters:
+    def parameters(self, slots: Tensor, stops: int, **known: bool) -> RowParameters:
         """Parameters of the rows `slots` [R]; they do not change while the requests run, except `emitted` (0 here).
 
         Args:
             slots: [R] int64.
+            stops: most stop tokens of one of them: the table is as wide as the most of any request it ever held.
             known: what the host knows of their sampling settings: the last fields of `SamplingRows`.
         """
         i = dict(zip(_INT_COLUMNS, self.ints[slots].T.contiguous().unbind(0), strict=True))
@@ -184,7 +185,13 @@ class RowTable:
         )
         sampling = SamplingRows(f["temperature"], i["top_k"], f["top_p"], f["min_p"], **known)
         return RowParameters(
-            guidance, sampling, self.stops[slots], i["seed"], i["greedy"] > 0, i["start"], i["think_end"]
+            guidance,
+            sampling,
+            self.stops[slots, : max(stops, 1)],
+            i["seed"],
+            i["greedy"] > 0,
+            i["start"],
+            i["think_end"],
         )
 
 

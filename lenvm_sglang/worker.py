@@ -161,7 +161,6 @@ class ValueWorker:
             layer_num=config.num_hidden_layers,
             device=base.device,
             enable_memory_saver=False,
-            enable_kv_cache_copy=base.device != "cpu",  # one launch for all layers
         )
         device = base.req_to_token_pool.req_to_token.device
         scratch = torch.arange(slots, slots + self.request_rows * self.scratch_width, device=device)
@@ -304,7 +303,7 @@ class ValueWorker:
         tokens, slots = candidates.token_ids.flatten(), own.flatten()
         if self.waits_for_nobody and width > 1 and extent(candidates)[1] < rows * width:
             kept = candidates.kept.clone()
-            kept[:, 0] = True  # a row whose logits hold NaN has no candidate, and is fed one all the same
+            kept[:, 0] = True  # a row without a candidate is fed one all the same
             fed = kept.flatten().nonzero()[:, 0]
             own = own.masked_fill(~kept, 0)
         longest = int(self.host_lengths(batch, place).numpy().max())
@@ -325,7 +324,7 @@ class ValueWorker:
         """Through the host's backend, `VIRTUAL_ROWS` candidates at a time."""
         rows, width = token_ids.shape
         mirror = self.host_lengths(batch, place)
-        placed = self._placed
+        placed, self._placed = self._placed, None  # the batch is not kept beyond its step
         if rows * width <= VIRTUAL_ROWS:
             if placed is None or placed.width != width or not placed.holds(batch, place):
                 placed = self._place(batch, place, width, None)

@@ -93,19 +93,19 @@ def cut(logits, order, probabilities, temperature, top_k, top_p, min_p, stops, w
             logit = min(logits[r, token], _LARGEST) if token >= 0 else np.float32(NEG_INF)
             x[n] = logit / temperature[r] if logit > NEG_INF else NEG_INF  # NaN is not
         top = x[0] if x[0] > NEG_INF else 0.0
-        within, total = count, 1.0
+        within, total = count, np.inf
         for n in range(count):
             x[n] -= top
             weight[n] = exp(x[n])
         if filtered:
             if top_k[r] < vocabulary:
-                within, total = min(count, top_k[r]), 0.0
+                within = min(count, top_k[r])
+            if top_p[r] < 1.0 and top_k[r] < vocabulary:
+                total = 0.0
                 for n in range(within):
                     total += weight[n]
             elif top_p[r] < 1.0:
                 total = 1.0 / probabilities[r, max(order[r, 0], 0)]
-            else:
-                total = np.inf
         before, mass = 0.0, 0.0
         for n in range(width):
             token_ids[r, n] = max(order[r, n], 0)  # an empty slot still names a token that exists

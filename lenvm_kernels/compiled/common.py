@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import config, njit
 
-from lenvm import guidance, sampler
+from lenvm import candidates, guidance, sampler
 from lenvm_kernels import results
 
 NEG_INF = -np.inf
@@ -33,7 +33,7 @@ def _folder() -> str:
     digest = hashlib.sha256()
     for path in sorted(here.glob("*.py")):
         digest.update(path.read_bytes())
-    for module in (guidance, sampler, results):
+    for module in (candidates, guidance, sampler, results):
         digest.update(inspect.getsource(module).encode())
     return str(Path(config.CACHE_DIR or here / "__pycache__") / f"numba-{digest.hexdigest()[:16]}")
 

@@ -1,10 +1,11 @@
 """`build_candidates`: the host's sampling filters on the most probable tokens, given by torch's top-k.
 
 Order does not depend on the temperature, so the top-k runs on the logits as they are. Of several equal logits at its
-end it takes any; `cut_kernel` then reads the row once more and takes those of the lowest ids. top-p without a top-k is
-relative to the whole vocabulary: where a row has one, `mass_kernel` sums it in one reading, split over programs, and
-leaves the stop tokens out, because whether they count is known only later; `cut_kernel` adds them. A row at its strict
-bound takes its candidates from the stop tokens instead of from the top-k.
+end it takes any; `cut_kernel` then reads the row once more and takes those of the lowest ids. NaN comes first in a
+top-k, so a row with NaN logits has fewer candidates, or none. top-p without a top-k is relative to the whole
+vocabulary: where a row has one, `mass_kernel` sums it in one reading, split over programs, and leaves the stop tokens
+out, because whether they count is known only later; `cut_kernel` adds them. A row at its strict bound takes its
+candidates from the stop tokens instead of from the top-k.
 """
 
 from __future__ import annotations
@@ -153,16 +154,16 @@ def cut_kernel(
         top_k = tl.load(TOP_K + row * top_k_row)
         within = tl.where(n < top_k, weight, 0.0)
         total = tl.sum(within, 0)
-        if not MASSES:
-            total = tl.where(top_k >= V, float("inf"), total)
-        elif (top_k >= V) & ~force:
+        top_p = tl.load(TOP_P + row * top_p_row)
+        if MASSES and (top_k >= V) & ~force:
             part = tl.arange(0, BLOCK_PARTS)
             place = MASS + (row * PARTS + part) * 2
             part_top = tl.load(place, mask=part < PARTS, other=NEG_INF)
             total = tl.sum(tl.load(place + 1, mask=part < PARTS, other=0.0) * tl.exp(part_top - top), 0)
             total += tl.where(ban, 0.0, tl.sum(tl.exp(stop_value / temperature - top), 0))
+        total = tl.where(top_p < 1, total, float("inf"))  # it may round to less than the sum of its parts
         before = tl.cumsum(within, 0) - within
-        keep = keep & (n < top_k) & (before <= tl.load(TOP_P + row * top_p_row) * total)
+        keep = keep & (n < top_k) & (before <= top_p * total)
         keep = keep & (weight >= tl.load(MIN_P + row * min_p_row))
         keep = keep | ((n == 0) & (weight > 0))
     log_p = tl.where(keep, x, NEG_INF)

@@ -338,9 +338,10 @@ def tilt_sample(
     block_k = max(16, triton.next_power_of_2(slots))
     buffers, vocabulary, options = (slot,) * 5, 0, {"WRITE": False, "INDEXED": False, "REMEMBER": False}  # not read
     if into is not None:
+        assert into.logits.stride(-1) == 1, "the kernel writes to rows of adjacent logits"
         vocabulary = into.logits.shape[1]
         index, kept = (slot if t is None else t for t in (into.rows, into.chosen))
-        buffers = (rowwise(into.logits), index, kept, into.pool_rows, rowwise(into.scratch))
+        buffers = (into.logits, index, kept, into.pool_rows, rowwise(into.scratch))
         options = {"WRITE": True, "INDEXED": into.rows is not None, "REMEMBER": into.chosen is not None}
     tilt_sample_kernel[(rows, 1 + triton.cdiv(vocabulary, _FILL.value))](
         log_p, token_ids, stop, z, quantities, centre, mean, decay, *row_values,

@@ -84,7 +84,8 @@ def test_which_of_several_equal_tokens_get_in_is_said() -> None:
     logits[1], logits[2, 9:], logits[3, ::2] = 0.0, -math.inf, -math.inf
     got = most_likely(logits, 20)
     for row, found in zip(logits.tolist(), got.tolist(), strict=True):
-        assert found == sorted(range(500), key=lambda i: (-row[i], i))[:20]
+        possible = [i for i in sorted(range(500), key=lambda i: (-row[i], i))[:20] if row[i] > -math.inf]
+        assert found[: len(possible)] == possible
     stops = torch.tensor([[2, 11]]).repeat(6, 1)
     off = settings_of([(0.7, 500, 1.0, 0.0)] * 6)
     for reach in (6, 9, 400):

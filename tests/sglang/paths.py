@@ -1,19 +1,20 @@
 """Answers of a scheduler in this process, by the CPU's path or by a GPU's:
-`python -m tests.sglang.paths BASE LENVM [device]`.
+`python -m tests.sglang.paths BASE LENVM [device] [parts]`.
 
 With `device` and TRITON_INTERPRET=1 every kernel of ours runs as on a GPU, in Triton's interpreter, under the host's
-own attention: launches, buffers and bookkeeping are those of a GPU. Prints one JSON list of token lists.
+own attention: launches, buffers and bookkeeping are those of a GPU. `parts` leaves room for so few candidates in a
+forward that the batch takes several. Prints one JSON list of token lists.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.inprocess import InProcess, quiet
+from lenvm_sglang import worker
 from tests.kernels.checks import quick
 from tests.sglang.models import prompts
 
@@ -58,8 +59,9 @@ def main() -> None:
     quiet()
     engine = InProcess(Path(sys.argv[1]), Path(sys.argv[2]), ["--max-total-tokens", "4096"], most=16)
     if "device" in sys.argv:
-        os.environ["SGLANG_NATIVE_MOVE_KV_CACHE"] = "1"
         engine.worker.waits_for_nobody = False
+        if "parts" in sys.argv:
+            worker.VIRTUAL_ROWS = 40
         if not engine.worker.reads_base:
             engine.worker.use_host_attention()
     print(json.dumps(answers(engine)))

@@ -110,7 +110,7 @@ def test_row_table_gives_back_what_was_written_and_counts_from_the_sequence() ->
     many = tuple(range(10, 17))
     states = [state(), state(request=strict, prompt_tokens=7, stop_token_ids=many), state(request=biased, greedy=True)]
     table.write(torch.tensor([5, 1, 3]), states)
-    found = table.parameters(torch.tensor([3, 5, 1]))
+    found = table.parameters(torch.tensor([3, 5, 1]), 7)
     rows = found._replace(guidance=found.after(torch.tensor([10, 4, 9]) - found.start))
     assert rows.guidance.control.tolist() == [Control.BIAS, Control.POSTERIOR, Control.HARD]
     assert rows.guidance.mode.tolist() == [Mode.EQUAL_TO, Mode.AT_MOST, Mode.EQUAL_TO]
@@ -122,7 +122,9 @@ def test_row_table_gives_back_what_was_written_and_counts_from_the_sequence() ->
     assert rows.stop_token_ids[0].tolist() == [2] + [-1] * 6
     assert rows.sampling.top_p.tolist() == pytest.approx([0.9] * 3)
     table.write(torch.tensor([5]), [state(prompt_tokens=2)])
-    assert table.parameters(torch.tensor([5])).start.tolist() == [2]
+    again = table.parameters(torch.tensor([5]), 1)
+    assert again.start.tolist() == [2]
+    assert again.stop_token_ids.tolist() == [[2]]
 
 
 @pytest.mark.parametrize("changes", [{"prompt_tokens": 0}, {"temperature": 0.0}, {"seed": 2**63}])

@@ -37,3 +37,5 @@ def test_the_path_of_a_gpu_gives_the_same_answers(kind: str, tmp_path: Path) -> 
     assert len(cpu[5]) == ASKED[5]["length_target"]  # strict
     assert len(set(map(tuple, cpu))) > len(ASKED) // 2
     assert answers(pair / "base", lenvm, "device", TRITON_INTERPRET="1") == cpu
+    if kind == "full":
+        assert answers(pair / "base", lenvm, "device", "parts") == cpu

@@ -112,6 +112,18 @@ def test_of_equal_logits_the_lowest_ids_whatever_else_is_in_the_batch(dtype: tor
             assert list(as_dict(found, 0)) == list(as_dict(got, r)) == list(as_dict(want, r)), r
 
 
+def test_a_filter_that_is_off_takes_nothing_whatever_the_others_have() -> None:
+    """Also where the probabilities before a token already round to all of them."""
+    logits = torch.randn(40, 3001, generator=torch.Generator().manual_seed(6)) * 6
+    settings = core_tests.settings_of([(1.0, 3001, 0.95, 0.0), (1.0, 40, 0.95, 0.1)] + [(1.0, 3001, 1.0, 0.0)] * 38)
+    stops = torch.full((40, 1), 2)
+    got = build_candidates(logits, settings, stops, 32, reach=40)
+    free = build_candidates(logits, replace(settings, unfiltered=True), stops, 32, reach=32)
+    assert torch.equal(got.token_ids[2:], free.token_ids[2:])
+    assert got.kept[2:].all()
+    torch.testing.assert_close(got.log_p[2:], free.log_p[2:], rtol=1e-5, atol=1e-4)
+
+
 def cut(logits: list[float], strict: bool = False, mode: Mode = Mode.EQUAL_TO, left: int = 1) -> dict[int, float]:
     one = torch.tensor([1])
     guidance = GuidanceRows(
