@@ -7,7 +7,7 @@ of the core in place of the kernels and the launches that the kernels would be),
 the candidates in one forward and reads the chosen token in a second, by arithmetic).
 
 A launch is an operator that is no view, and a Triton kernel. Bytes are what operators read and write, counted once an
-operator; caches are not thought of.
+operator; caches are not thought of. What numba compiles for a CPU is no operator, and in neither.
 """
 
 from __future__ import annotations
