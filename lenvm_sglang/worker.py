@@ -167,7 +167,7 @@ class ValueWorker:
         scratch = scratch.view(self.request_rows, self.scratch_width)
         self.places = Places(RowTable(self.request_rows, device), scratch, self.width, self.vocabulary)
         self.chosen = torch.zeros(self.request_rows, dtype=torch.int64, device=device)
-        scales = [b for name in ("k_scale_buffer", "v_scale_buffer") for b in getattr(self.pool, name, None) or ()]
+        scales = (*(self.pool.k_scale_buffer or ()), *(self.pool.v_scale_buffer or ()))  # of a quantised KV cache
         self.kv = SlotBuffers([*self.pool.k_buffer, *self.pool.v_buffer, *scales])
         self.waits_for_nobody = device.type == "cpu"
         logger.info(

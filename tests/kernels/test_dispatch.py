@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
@@ -16,16 +17,23 @@ from lenvm.heads import LookaheadHead, ValueHead
 from lenvm.lookahead import scores_from_distribution
 from lenvm.sampler import draw
 from lenvm_kernels import (
+    CandidateRows,
+    DrawBuffers,
+    Keep,
+    RequestTables,
     TiltSample,
     build_candidates,
     dispatch,
+    keep_chosen,
     lookahead_scores,
+    place_candidates,
     reference,
     tilt_sample,
     uses_numba,
     uses_triton,
     value_head,
 )
+from tests.kernels.checks.check_step import Pools
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENVM = LenvmConfig(gamma=0.997, bins=LengthBins.for_max_length(4000).centres)
@@ -90,6 +98,51 @@ def test_a_whole_step_is_what_the_core_does() -> None:
     assert (sample.slot.cpu() == slot).float().mean() > 0.98  # on the CPU: all
     length = predicted_lengths(want, scores, LENVM).gather(1, slot[:, None])[:, 0]
     assert torch.allclose(sample.length.cpu(), length, rtol=1e-3) or DEVICE == "cuda"
+
+
+def test_of_equal_logits_a_device_takes_those_of_the_core() -> None:
+    """Rounded logits: on a GPU its top-k has to choose, and the kernel mends the choice."""
+    step = Step("cpu")
+    step.logits = step.logits.round()
+    ban, force = strict_bounds(step.rows)
+    want = dispatch.reference.core.build_candidates(step.logits, step.sampling, step.stops, 16, ban, force)
+    here = Step(DEVICE)
+    found = build_candidates(step.logits.to(DEVICE), here.sampling, step.stops.to(DEVICE), 16, here.rows, reach=20)
+    assert torch.equal(found.kept.cpu(), want.kept)
+    assert torch.equal(found.token_ids.cpu()[want.kept], want.token_ids[want.kept])
+
+
+def test_what_surrounds_the_forward_is_what_plain_torch_does() -> None:
+    """Candidates are placed, the last choice is kept (also by itself), and the draw is written."""
+    lengths, pool_rows = torch.tensor([1, 1023, 1024, 2599, 40]), torch.tensor([4, 0, 8, 2, 5])
+    start, target = torch.tensor([1, 1000, 0, 2600, 7]), torch.tensor([0, 17, 3, 5, 100])
+
+    def place(device: str, way: Any, alone: Any) -> tuple[Pools, CandidateRows]:
+        pools = Pools(device)
+        at, rows, begin, to = (t.to(device) for t in (lengths, pool_rows, start, target))
+        tables, keep = RequestTables(pools.requests, pools.virtual), Keep(pools.kv, pools.chosen, to)
+        found = way(at, begin, rows, pools.scratch[rows, :5], tables, 2599, keep)
+        alone(Keep(pools.kv, pools.chosen, to + 200), rows)
+        return pools, found
+
+    ours, found = place(DEVICE, place_candidates, keep_chosen)
+    theirs, wanted = place("cpu", reference.place_candidates, reference.keep_chosen)
+    for a, b in zip((*found, *ours.kv.buffers), (*wanted, *theirs.kv.buffers), strict=True):
+        assert torch.equal(a.cpu(), b)
+    for row, length in enumerate(wanted.lengths.tolist()):
+        assert torch.equal(ours.virtual[row, :length].cpu(), theirs.virtual[row, :length])
+
+    step = Step(DEVICE)
+    candidates, z, plain = step.run()
+    index, slots = torch.randperm(ROWS, device=DEVICE), torch.arange(ROWS * 16, device=DEVICE).view(ROWS, 16)
+    chosen = torch.full((ROWS,), -1, device=DEVICE)
+    into = DrawBuffers(step.logits, index, chosen, index, slots)
+    scores = Scores(z, step.log_q)
+    sample = tilt_sample(candidates, scores, step.rows, LENVM, step.seed, step.greedy, into=into)
+    assert torch.equal(sample.token_id, plain.token_id)
+    assert torch.equal(step.logits[index].argmax(-1), sample.token_id)
+    assert torch.equal((step.logits == -torch.inf).sum(-1).cpu(), torch.full((ROWS,), VOCABULARY - 1))
+    assert torch.equal(chosen[index], slots.gather(1, sample.slot[:, None])[:, 0])
 
 
 def test_looking_ahead_is_what_the_core_does() -> None:

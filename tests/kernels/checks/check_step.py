@@ -28,14 +28,14 @@ POOL, CONTEXT, SLOTS, WIDTH = 9, 2600, 400, 5
 class Pools:
     """A host's request pool, KV of three dtypes and widths, and scratch; the same numbers each time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         g = torch.Generator().manual_seed(0)
-        self.requests = torch.randint(0, SLOTS, (POOL, CONTEXT), generator=g, dtype=torch.int32)
-        self.virtual = torch.full((POOL * WIDTH, CONTEXT), -1, dtype=torch.int32)
+        self.requests = torch.randint(0, SLOTS, (POOL, CONTEXT), generator=g, dtype=torch.int32).to(device)
+        self.virtual = torch.full((POOL * WIDTH, CONTEXT), -1, dtype=torch.int32, device=device)
         shapes = (((2, 3), torch.float32), ((3, 700), torch.bfloat16), ((5,), torch.uint8))
-        given = [(torch.randn(SLOTS, *shape, generator=g) * 9).to(dtype) for shape, dtype in shapes]
+        given = [(torch.randn(SLOTS, *shape, generator=g) * 9).to(dtype).to(device) for shape, dtype in shapes]
         self.kv = SlotBuffers(given)
-        self.scratch = torch.arange(SLOTS - POOL * 7, SLOTS).view(POOL, 7)
+        self.scratch = torch.arange(SLOTS - POOL * 7, SLOTS, device=device).view(POOL, 7)
         self.chosen = self.scratch[:, 3].clone()
 
 
