@@ -28,7 +28,6 @@ from lenvm.heads import LengthHead, ValueHead
 from lenvm_kernels import (
     DrawBuffers,
     Keep,
-    RequestTables,
     SlotBuffers,
     TiltSample,
     build_candidates,
@@ -36,9 +35,6 @@ from lenvm_kernels import (
     tilt_sample,
     value_head,
 )
-
-LONGEST = 1024
-"""Tokens that the grid of a captured launch has room for."""
 
 
 class GuidanceStep:
@@ -67,13 +63,10 @@ class GuidanceStep:
         kv = [torch.randn(rows + rows * slots, 4, features // 8, device=device) for _ in range(4)]
         self.chosen, self.drawn = self.scratch[:, 0].clone(), torch.empty_like(self.logits)
         self.keep = Keep(SlotBuffers(kv), self.chosen, n)
-        requests = torch.zeros(rows, LONGEST + 1, dtype=torch.int32, device=device)
-        self.tables = RequestTables(requests, requests.repeat_interleave(slots, dim=0))
 
     @torch.no_grad()
     def run(self) -> TiltSample:
-        where = self.lengths, self.start, self.pool_rows, self.scratch
-        placed = place_candidates(*where, self.tables, LONGEST, self.keep)
+        placed = place_candidates(self.lengths, self.start, self.pool_rows, self.scratch, keep=self.keep)
         guidance = replace(self.guidance, emitted=placed.emitted)
         candidates = build_candidates(self.logits, self.sampling, self.stops, self.slots, guidance, self.slots)
         scores = Scores(value_head(self.hidden, self.heads[0]), self.heads[1](self.hidden).log_softmax(-1))

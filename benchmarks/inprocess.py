@@ -9,7 +9,7 @@ import time
 import uuid
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -216,6 +216,11 @@ def stopwatch(function: Callable[..., Any], into: list[float]) -> Callable[..., 
     return timed
 
 
+def forward_names(worker: Any) -> tuple[str, ...]:
+    """The methods of `worker.candidates` that are the value model's forward with its heads."""
+    return ("run", "replay") if hasattr(worker.candidates, "replay") else ("run",)
+
+
 def measure(
     engine: InProcess, rows: int, context: int, tokens: int, fields: dict[str, Any], repeats: int, **sampling: Any
 ) -> Step:
@@ -238,11 +243,11 @@ def measure(
 
         with engine.replaced(model, forward, stopwatch(getattr(model, forward), alone)):
             ask(None, at_step=partial(next_step, sums=(alone,)))
-        with (
-            engine.replaced(model, forward, stopwatch(getattr(model, forward), base)),
-            engine.replaced(worker, "_forward", stopwatch(worker._forward, value)),
-            engine.replaced(worker.runner.model, "scores", stopwatch(worker.runner.model.scores, value)),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(engine.replaced(model, forward, stopwatch(getattr(model, forward), base)))
+            for name in forward_names(worker):
+                timed = stopwatch(getattr(worker.candidates, name), value)
+                stack.enter_context(engine.replaced(worker.candidates, name, timed))
             ask(fields, at_step=next_step)
         out.alone.extend(alone[4:])
         out.base.extend(base[4:])
@@ -266,7 +271,7 @@ def overhead(
     hidden = torch.zeros(rows * worker.width, value.config.hidden_size, device=device, dtype=dtype)
     z = torch.randn(rows * worker.width, generator=g).to(device)
     log_q = torch.randn(rows * worker.width, len(worker.lenvm.bins), generator=g).log_softmax(-1).to(device)
-    real, real_forward, real_scores = model.forward, worker._forward, value.scores
+    real, real_forward, real_scores = model.forward, worker.forward, value.scores
 
     def base_forward(input_ids: Any, positions: Any, batch: Any, **kwargs: Any) -> Any:
         from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -276,7 +281,7 @@ def overhead(
         return LogitsProcessorOutput(next_token_logits=logits[: batch.batch_size].clone())
 
     def forward(batch: Any, backend: Any) -> Any:
-        return hidden[: len(batch.input_ids)] if backend is worker.candidates else real_forward(batch, backend)
+        return hidden[: len(batch.input_ids)] if backend is worker.candidates.backend else real_forward(batch, backend)
 
     def scores(x: Any, *args: Any) -> Any:
         from lenvm.guidance import Scores
@@ -291,7 +296,8 @@ def overhead(
     with (
         engine.replaced(engine.runner, "decode_cuda_graph_runner", None),
         engine.replaced(model, "forward", base_forward),
-        engine.replaced(worker, "_forward", forward),
+        engine.replaced(worker.candidates, "graphs", None) if "replay" in forward_names(worker) else nullcontext(),
+        engine.replaced(worker, "forward", forward),
         engine.replaced(value, "scores", scores),
     ):
         for repeat in range(repeats):

@@ -30,15 +30,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import Table
-from benchmarks.inprocess import InProcess, quiet
+from benchmarks.inprocess import InProcess, forward_names, quiet
 from benchmarks.pairs import make_pair
 
 FIELDS = {"posterior": {"length_target": 4096}, "bias": {"length_bias": -2.0}, "values": {"return_length_values": True}}
 KERNELS = {"place_candidates": 1, "build_candidates": 2, "masses": 1, "lookahead_scores": 2, "tilt_sample": 1}
 """Launches of each: a kernel; top-k and a kernel, and one more (`masses`) where a row has a top-p without
 a top-k; two kernels; a kernel."""
-HEAD = 2
-"""Of `value_head`, which belongs to the forward: a kernel and the sum of its parts."""
+INSIDE = {"attend_prefix": 2, "value_head": 2}
+"""Of those that belong to the forward: two kernels; a kernel and the sum of its parts."""
 PICKS = {"index", "index_select", "gather", "embedding"}
 PUTS = {"index_put_", "_index_put_impl_", "index_copy_", "scatter_"}
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
@@ -46,7 +46,7 @@ METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__",
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[misc]
-    """Counts by phase: `host`, `sampler` (the host's own), `ours`, `value` (the value model's forward), `heads`,
+    """Counts by phase: `host`, `sampler` (the host's own), `ours`, `value` (the value model's forward and its heads),
     `kernels` (what kernels replace).
 
     Attributes:
@@ -90,8 +90,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         finally:
             self.phases.pop()
 
-    def wrapped(self, function: Callable[..., Any], phase: str, count: str = "", tokens: bool = False) -> Any:
-        """The function in a phase; counted under `count`, with the tokens of its first argument."""
+    def wrapped(
+        self,
+        function: Callable[..., Any],
+        phase: str,
+        count: str = "",
+        tokens: Callable[..., torch.Tensor] | None = None,
+    ) -> Any:
+        """The function in a phase; counted under `count`, with the tokens that `tokens` finds in its arguments."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with self.phase(phase):
@@ -99,8 +105,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
                     self.now[count] += 1
                     if count == "build_candidates":
                         self.now["masses"] += not (args[1].unfiltered or args[1].no_whole_top_p)
-                if tokens:
-                    self.now["tokens"] += args[0].input_ids.shape[0]
+                if tokens is not None:
+                    self.now["tokens"] += len(tokens(*args))
                 return function(*args, **kwargs)
 
         return call
@@ -125,8 +131,7 @@ def moved(name: str, args: Any, kwargs: Any, out: Any) -> int:
 @contextmanager
 def recording(engine: InProcess) -> Iterator[Recorder]:
     """Take hold of the plug-in's and the kernels' functions."""
-    from lenvm_sglang import lookahead, model, processor
-    from lenvm_sglang import worker as worker_module
+    from lenvm_sglang import attention, forwards, lookahead, model, processor
 
     recorder = Recorder()
     worker, steering = engine.worker, engine.processor
@@ -135,17 +140,17 @@ def recording(engine: InProcess) -> Iterator[Recorder]:
             stack.enter_context(engine.replaced(steering, name, recorder.wrapped(getattr(steering, name), "ours")))
         sampler = engine.runner.sampler
         stack.enter_context(engine.replaced(sampler, "forward", recorder.wrapped(sampler.forward, "sampler")))
-        if not worker.reads_base:  # an attached head has no model of its own
-            forward = recorder.wrapped(worker._forward, "value", "forwards", True)
-            stack.enter_context(engine.replaced(worker, "_forward", forward))
-            scores = recorder.wrapped(worker.runner.model.scores, "heads")
-            stack.enter_context(engine.replaced(worker.runner.model, "scores", scores))
-            plan = getattr(worker.candidates, "init_forward_metadata", None)
-            if plan is not None:  # the host's attention belongs to its forward
-                plan = recorder.wrapped(plan, "value")
-                stack.enter_context(engine.replaced(worker.candidates, "init_forward_metadata", plan))
+        if worker.ahead is None:
+            tokens = {"run": lambda batch, *_: batch.input_ids, "replay": lambda *given: given[2]}
+            for name in forward_names(worker):
+                one = recorder.wrapped(getattr(worker.candidates, name), "value", "forwards", tokens[name])
+                stack.enter_context(engine.replaced(worker.candidates, name, one))
+        elif not worker.reads_base:  # an attached head has no model of its own
+            one = recorder.wrapped(worker.forward, "value", "forwards", lambda batch, *_: batch.input_ids)
+            stack.enter_context(engine.replaced(worker, "forward", one))
         for module, name in (
-            (worker_module, "place_candidates"),
+            (forwards, "place_candidates"),
+            (attention, "attend_prefix"),
             (processor, "build_candidates"),
             (processor, "tilt_sample"),
             (model, "value_head"),
@@ -216,21 +221,20 @@ def answers(engine: InProcess, kind: str) -> list[list[int]]:
 
 def report(table: Table, engine: InProcess, provider: str, kind: str, rows: int, context: int, width: int) -> None:
     recorder, steps = count(engine, rows, context, FIELDS[kind])
-    ours, value, heads, kernels = (recorder.counts[p] for p in ("ours", "value", "heads", "kernels"))
+    ours, value, kernels = (recorder.counts[p] for p in ("ours", "value", "kernels"))
     replaced = provider != "ours" or torch.cuda.is_available()
     launches = ours["launches"] + (sum(KERNELS[k] * kernels[k] for k in KERNELS) if replaced else kernels["launches"])
-    head = HEAD * kernels["value_head"] if replaced else 0
+    inside = sum(INSIDE[k] * kernels[k] for k in INSIDE) if replaced else 0
     found = {
         "value forwards": value["forwards"] / steps,
         "value tokens per row": value["tokens"] / steps / rows,
         # a stand-in for a kernel may ask what a kernel need not
-        "waits of ours": (ours["waits"] + heads["waits"] + (not replaced) * kernels["waits"]) / steps,
-        "waits of the host's attention": value["waits"] / steps,
+        "waits of ours": (ours["waits"] + value["waits"] + (not replaced) * kernels["waits"]) / steps,
         "launches of ours outside the value forward": launches / steps,
         "launches of the host's sampler": recorder.counts["sampler"]["launches"] / steps,
-        "launches of the value forward": (value["launches"] + heads["launches"] + head) / steps,
+        "launches of the value forward": (value["launches"] + inside) / steps,
         "bytes of ours per token": (ours["bytes"] + kernels["bytes"]) / steps / rows,
-        "bytes of the value forward per token": (value["bytes"] + heads["bytes"]) / steps / rows,
+        "bytes of the value forward per token": value["bytes"] / steps / rows,
     }
     sizes = f"B={rows} K={width} L={context} {kind}"
     for name, figure in found.items():
@@ -275,8 +279,10 @@ def main(arguments: list[str] | None = None) -> None:
                     report(table, engine, "ours", kind, batch, context, options.candidates)
         if not torch.cuda.is_available() and not options.pair:
             said = [answers(engine, kind) for kind in FIELDS]
+            from lenvm_sglang.forwards import FusedForward
+
             engine.worker.waits_for_nobody = False
-            engine.worker.use_host_attention()
+            engine.worker.candidates = FusedForward(engine.worker)
             if said != [answers(engine, kind) for kind in FIELDS]:
                 raise SystemExit("value_step: the device path and the CPU's path give different tokens.")
             for kind in FIELDS:

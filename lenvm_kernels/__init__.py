@@ -1,11 +1,11 @@
 """The guidance step in a handful of launches: Triton kernels for what surrounds the value model's forward.
 
-Five functions, each with plain torch as its reference: `place_candidates` (where candidates will stand, and the KV of
-the last choice), `build_candidates` (cut the candidate sets), `value_head` (hidden states to z), `lookahead_scores`
-(hidden states to the scores of candidates that nobody read) and `tilt_sample` (guide, draw, write, report). For a CPU
-numba compiles `build_candidates`, `tilt_sample` and what stands in for `place_candidates` there: `keep_chosen`,
-`share_prefix`, `extent`. `lenvm_kernels.dispatch` picks the kernel or the reference. Imports without Triton and numba;
-knows no host.
+Six functions, each with plain torch as its reference: `place_candidates` (where candidates will stand, and the KV of
+the last choice), `build_candidates` (cut the candidate sets), `attend_prefix` (attention of candidates that share a
+prefix), `value_head` (hidden states to z), `lookahead_scores` (hidden states to the scores of candidates that nobody
+read) and `tilt_sample` (guide, draw, write, report). For a CPU numba compiles `build_candidates`, `tilt_sample` and
+what stands in for `place_candidates` there: `keep_chosen`, `share_prefix`, `extent`. `lenvm_kernels.dispatch` picks the
+kernel or the reference. Imports without Triton and numba; knows no host.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from lenvm_kernels.buffers import (
     PrefixMasks,
     PrefixRows,
     RequestTables,
+    SharedRows,
     SlotBuffers,
 )
 from lenvm_kernels.dispatch import (
+    attend_prefix,
     build_candidates,
     extent,
     keep_chosen,
@@ -41,9 +43,11 @@ __all__ = [
     "PrefixMasks",
     "PrefixRows",
     "RequestTables",
+    "SharedRows",
     "SlotBuffers",
     "Status",
     "TiltSample",
+    "attend_prefix",
     "build_candidates",
     "extent",
     "keep_chosen",

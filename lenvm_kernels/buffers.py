@@ -121,18 +121,50 @@ class PrefixRows(NamedTuple):
     lengths: Tensor
 
 
+class SharedRows(NamedTuple):
+    """R x K candidates that share their rows' prefixes, as a kernel finds them.
+
+    Attributes:
+        pool_rows: [R] int64 rows of `requests`.
+        lengths: [R] int32 or int64 tokens of each prefix.
+        own: [R, K] int64 KV slots of the candidates.
+        requests: [P, C] int32, the host's: slots of each request's tokens.
+    """
+
+    pool_rows: Tensor
+    lengths: Tensor
+    own: Tensor
+    requests: Tensor
+
+
 class CandidateRows(NamedTuple):
     """R x K candidates as decode rows of one forward, row after row.
 
     Attributes:
         positions: [R * K] int64 places in their sequences.
         lengths: [R * K] int64, positions + 1.
+        own: [R * K] int64 KV slots.
+        prefix: [R] int64 tokens before a row's candidates.
+        pool_rows: [R] int64 rows of the host's request pool.
         emitted: [R] int64 tokens that the rows' targets have counted so far.
     """
 
     positions: Tensor
     lengths: Tensor
+    own: Tensor
+    prefix: Tensor
+    pool_rows: Tensor
     emitted: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, slots: int, device: torch.device) -> CandidateRows:
+        """Room for `slots` candidates in each of `rows` rows."""
+        sizes = [rows * slots] * 3 + [rows] * 3
+        return cls(*torch.empty(sum(sizes), dtype=torch.int64, device=device).split(sizes))
+
+    def shared(self, requests: Tensor) -> SharedRows:
+        """The same for an attention that reads each prefix once, in the host's table `requests` [P, C]."""
+        return SharedRows(self.pool_rows, self.prefix, self.own.view(len(self.prefix), -1), requests)
 
 
 class DrawBuffers(NamedTuple):

@@ -21,12 +21,13 @@ from lenvm.format import LenvmConfig
 from lenvm.guidance import Control, GuidanceRows, Scores
 from lenvm.heads import LookaheadHead, ValueHead
 from lenvm_kernels import reference
-from lenvm_kernels.buffers import CandidateRows, DrawBuffers, Keep, PrefixMasks, PrefixRows, RequestTables
+from lenvm_kernels.buffers import CandidateRows, DrawBuffers, Keep, PrefixMasks, PrefixRows, RequestTables, SharedRows
 from lenvm_kernels.results import TiltSample
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
+HALVES = (torch.bfloat16, torch.float16)
 MAX_REACH = 1024
 """Most tokens of a row that the candidate kernel orders; a larger top_k takes the reference."""
 MAX_STOPS = 32
@@ -149,14 +150,39 @@ def share_prefix(
     return found
 
 
+def attend_prefix(query: Tensor, rows: SharedRows, k_cache: Tensor, v_cache: Tensor, scaling: float) -> Tensor:
+    """Attention of K candidates in each of R rows: each sees its row's prefix and itself. One launch, or two.
+
+    Keys and values of a prefix are read once for all its candidates; sums are float32. How a prefix is cut into pieces
+    depends on R, so the last bits of a row's result depend on its batch, as those of the forward's matrix products do.
+    The reference, which goes from candidate to candidate, is taken for float32 on a GPU.
+
+    Args:
+        query: [R * K, Hq, D], adjacent in D; float32, bfloat16 or float16.
+        rows: where they stand; the candidates' own keys and values are in the caches already.
+        k_cache: [slots, Hkv, D] of the queries' dtype, adjacent in D; Hkv divides Hq.
+        v_cache: [slots, Hkv, Dv] likewise.
+        scaling: of the logits.
+
+    Returns:
+        [R * K, Hq, Dv] of the queries' dtype.
+    """
+    if uses_triton(query) and (INTERPRETED or query.dtype in HALVES):
+        from lenvm_kernels.fused import attend as fused
+
+        return fused.attend_prefix(query, rows, k_cache, v_cache, scaling)
+    return reference.attend_prefix(query, rows, k_cache, v_cache, scaling)
+
+
 def place_candidates(
     lengths: Tensor,
     start: Tensor,
     pool_rows: Tensor,
     scratch: Tensor,
-    tables: RequestTables,
-    longest: int,
+    tables: RequestTables | None = None,
+    longest: int = 0,
     keep: Keep | None = None,
+    into: CandidateRows | None = None,
 ) -> CandidateRows:
     """Where the K candidates of R rows will stand, and the KV of those chosen last: what a step can do before it knows
     the logits. One launch.
@@ -169,18 +195,20 @@ def place_candidates(
         start: [R] int64 tokens before the first that the target counts.
         pool_rows: [R] int64 rows of the host's request pool.
         scratch: [R, K] int64 slots of the candidates.
-        tables: the host's request table and ours.
-        longest: at least the largest of `lengths`, on the host.
+        tables: the host's request table and ours, where the attention reads one.
+        longest: at least the largest of `lengths`, on the host; for `tables`.
         keep: the candidates chosen last, whose KV is moved first.
+        into: where to write, for K candidates in at least R rows. Rows behind the R are given no prefix, and slot 0,
+            the host's dump, for their candidates.
 
     Returns:
-        CandidateRows.
+        CandidateRows; `into` if given.
     """
     if uses_triton(lengths) and scratch.numel() > 0:
         from lenvm_kernels.fused import place as fused
 
-        return fused.place_candidates(lengths, start, pool_rows, scratch, tables, longest, keep)
-    return reference.place_candidates(lengths, start, pool_rows, scratch, tables, longest, keep)
+        return fused.place_candidates(lengths, start, pool_rows, scratch, tables, longest, keep, into)
+    return reference.place_candidates(lengths, start, pool_rows, scratch, tables, longest, keep, into)
 
 
 def value_head(hidden: Tensor, head: ValueHead) -> Tensor:
@@ -198,9 +226,8 @@ def value_head(hidden: Tensor, head: ValueHead) -> Tensor:
         z [...] float32.
     """
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or head.w1.requires_grad)
-    halves = (torch.bfloat16, torch.float16)
-    covered = head.w1.dtype == torch.float32 or (head.w1.dtype == hidden.dtype and hidden.dtype in halves)
-    covered = covered and hidden.dtype in (torch.float32, *halves) and hidden.numel() > 0
+    covered = head.w1.dtype == torch.float32 or (head.w1.dtype == hidden.dtype and hidden.dtype in HALVES)
+    covered = covered and hidden.dtype in (torch.float32, *HALVES) and hidden.numel() > 0
     if uses_triton(hidden) and covered and not differentiable:
         from lenvm_kernels.fused import value_head as fused
 
@@ -230,9 +257,8 @@ def lookahead_scores(
     Returns:
         Scores: z [R, K] and log q [R, K, B], float32.
     """
-    halves = (torch.bfloat16, torch.float16)
     covered = head.embedding is not None and head.bins <= MAX_BINS and token_ids.numel() > 0
-    covered = covered and (head.w1.dtype == torch.float32 or (head.w1.dtype == states.dtype and states.dtype in halves))
+    covered = covered and (head.w1.dtype == torch.float32 or (head.w1.dtype == states.dtype and states.dtype in HALVES))
     differentiable = torch.is_grad_enabled() and (states.requires_grad or head.w1.requires_grad)
     if uses_triton(states) and covered and not differentiable:
         from lenvm_kernels.fused import lookahead as fused

@@ -15,7 +15,7 @@ from lenvm.heads import LookaheadHead
 from lenvm.lognormal import lognormal_log_q
 from lenvm.lookahead import scores_from_distribution
 from lenvm.sampler import draw
-from lenvm_kernels.buffers import CandidateRows, DrawBuffers, Keep, PrefixMasks, PrefixRows, RequestTables
+from lenvm_kernels.buffers import CandidateRows, DrawBuffers, Keep, PrefixMasks, PrefixRows, RequestTables, SharedRows
 from lenvm_kernels.results import Status, TiltSample
 
 
@@ -60,24 +60,48 @@ def share_prefix(
     return PrefixRows(slots, masks.view(rows, width, longest), positions, positions + 1)
 
 
+def attend_prefix(query: Tensor, rows: SharedRows, k_cache: Tensor, v_cache: Tensor, scaling: float) -> Tensor:
+    """One candidate after another, in the dtype of the query."""
+    slots = rows.own.shape[1]
+    out = query.new_empty(query.shape[0], query.shape[1], v_cache.shape[2])
+    for i, one in enumerate(query):
+        row = i // slots
+        prefix = rows.requests[rows.pool_rows[row], : int(rows.lengths[row])].long()
+        seen = torch.cat([prefix, rows.own[row, i % slots, None]])
+        group = query.shape[1] // k_cache.shape[1]
+        keys, values = (cache[seen].to(query.dtype).repeat_interleave(group, dim=1) for cache in (k_cache, v_cache))
+        weight = (torch.einsum("hd,nhd->hn", one, keys) * scaling).softmax(-1)
+        out[i] = torch.einsum("hn,nhd->hd", weight, values)
+    return out
+
+
 def place_candidates(
     lengths: Tensor,
     start: Tensor,
     pool_rows: Tensor,
     scratch: Tensor,
-    tables: RequestTables,
+    tables: RequestTables | None,
     longest: int,
     keep: Keep | None,
+    into: CandidateRows | None,
 ) -> CandidateRows:
     """Operator by operator; of the tables also what lies behind a row's own length is copied."""
     rows, width = scratch.shape
     if keep is not None:
         keep_chosen(keep, pool_rows)
-    positions = lengths.long()[:, None].expand(rows, width).reshape(-1)
-    virtual = tables.virtual[: rows * width]
-    virtual.view(rows, width, -1)[..., :longest] = tables.requests[pool_rows, None, :longest]
-    virtual.scatter_(1, positions[:, None], scratch.reshape(-1, 1).to(virtual.dtype))
-    return CandidateRows(positions, positions + 1, lengths - start)
+    prefix = lengths.long()
+    positions = prefix[:, None].expand(rows, width).reshape(-1)
+    if tables is not None:
+        virtual = tables.virtual[: rows * width]
+        virtual.view(rows, width, -1)[..., :longest] = tables.requests[pool_rows, None, :longest]
+        virtual.scatter_(1, positions[:, None], scratch.reshape(-1, 1).to(virtual.dtype))
+    found = CandidateRows(positions, positions + 1, scratch.reshape(-1), prefix, pool_rows, prefix - start)
+    if into is None:
+        return found
+    for name, here, numbers in zip(found._fields, into, found, strict=True):
+        here.fill_(1 if name == "lengths" else 0)
+        here[: len(numbers)] = numbers
+    return into
 
 
 def lookahead_scores(

@@ -1,19 +1,20 @@
-"""Attention of candidate rows in plain torch: K queries that share a prefix and see, beyond it, only themselves.
+"""Attention of candidate rows: K queries that share a prefix and see, beyond it, only themselves.
 
-For hosts without a fused decode kernel (`torch_native`, the CPU): the host's own backend would run one attention call
-and gather one copy of the prefix for each of the R x K rows; this one does it once for each layer. On a GPU the host's
-backend is used as it is, because K rows with a common prefix are ordinary decode rows to it.
+To the host's own backends they are K decode rows, each of which reads the whole prefix. Here a row's prefix is read
+once: on a GPU by our kernel (`FusedPrefixBackend`), in plain torch where the host has no fused attention either
+(`SharedPrefixBackend`: `torch_native`, the CPU).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lenvm_kernels import PrefixMasks, PrefixRows, share_prefix
+from lenvm_kernels import PrefixMasks, PrefixRows, SharedRows, attend_prefix, share_prefix
 
 
 def attend(query: Tensor, layout: PrefixRows, k_cache: Tensor, v_cache: Tensor, scaling: float) -> Tensor:
@@ -45,16 +46,56 @@ def attend(query: Tensor, layout: PrefixRows, k_cache: Tensor, v_cache: Tensor, 
     return out.transpose(1, 2).reshape(rows * width, query.shape[1], -1)
 
 
-class SharedPrefixBackend:
+class CandidateBackend(ABC):
     """An attention backend for candidate forwards, in the shape that SGLang's RadixAttention calls.
 
     Attributes:
         token_to_kv_pool, req_to_token_pool: the value model's pools, where the host's layers look for them.
     """
 
-    def __init__(self, kv_pool: Any, request_pool: Any, dtype: torch.dtype) -> None:
+    def __init__(self, kv_pool: Any, request_pool: Any) -> None:
         self.token_to_kv_pool = kv_pool
         self.req_to_token_pool = request_pool
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True,
+                **_: Any) -> Tensor:  # fmt: skip
+        """Called by the host's attention layer; q, k, v are flat, [N, heads * D]. `save_kv_cache` is False where the
+        host's fused kernels have written them already."""
+        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+        pool = self.token_to_kv_pool
+        if save_kv_cache:
+            key = k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim)
+            value = v.reshape(-1, layer.tp_v_head_num, layer.v_head_dim)
+            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), key, value)
+        query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        caches = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        return self.attend(query, *caches, layer.scaling).flatten(1)
+
+    @abstractmethod
+    def attend(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float) -> Tensor:
+        """[N, Hq, D] queries of candidates whose keys and values are in the caches -> [N, Hq, Dv]."""
+
+
+class FusedPrefixBackend(CandidateBackend):
+    """`lenvm_kernels.attend_prefix`.
+
+    Attributes:
+        rows: where the candidates of the next forward stand.
+    """
+
+    rows: SharedRows
+
+    def attend(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float) -> Tensor:
+        """As in the base class."""
+        return attend_prefix(query, self.rows, k_cache, v_cache, scaling)
+
+
+class SharedPrefixBackend(CandidateBackend):
+    """One call of torch's attention for all candidates, under a mask, on gathered keys and values."""
+
+    def __init__(self, kv_pool: Any, request_pool: Any, dtype: torch.dtype) -> None:
+        super().__init__(kv_pool, request_pool)
         device = request_pool.req_to_token.device
         # watched rows have one candidate, steered ones many: a batch of both has two forwards a step
         self.masks = {alone: PrefixMasks(dtype, device) for alone in (True, False)}
@@ -81,28 +122,12 @@ class SharedPrefixBackend:
         self.fed = fed
         return self.layout
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True,
-                **_: Any) -> Tensor:  # fmt: skip
-        """Called by the host's attention layer; q, k, v are flat, [R * K, heads * D] or [N, heads * D]."""
+    def attend(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float) -> Tensor:
+        """As in the base class; [R * K, Hq, D], or those that are fed."""
         assert self.layout is not None, "prepare() comes first"
-        assert save_kv_cache, "candidates are read from the cache"
-        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-
-        pool = self.token_to_kv_pool
-        key = k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim)
-        value = v.reshape(-1, layer.tp_v_head_num, layer.v_head_dim)
-        pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), key, value)
-        query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        if self.fed is not None:  # what stands in for the others sees its row's prefix and is thrown away
-            rows, width = self.layout.mask.shape[0], self.layout.mask.shape[2]
-            query = query.new_zeros(rows * width, *query.shape[1:]).index_copy_(0, self.fed, query)
-        out = attend(
-            query,
-            self.layout,
-            pool.get_key_buffer(layer.layer_id),
-            pool.get_value_buffer(layer.layer_id),
-            layer.scaling,
-        )
-        if self.fed is not None:
-            out = out.index_select(0, self.fed)
-        return out.view(out.shape[0], -1)
+        if self.fed is None:
+            return attend(query, self.layout, k_cache, v_cache, scaling)
+        # what stands in for the others sees its row's prefix and is thrown away
+        rows, width = self.layout.mask.shape[0], self.layout.mask.shape[2]
+        query = query.new_zeros(rows * width, *query.shape[1:]).index_copy_(0, self.fed, query)
+        return attend(query, self.layout, k_cache, v_cache, scaling).index_select(0, self.fed)

@@ -23,6 +23,7 @@ from lenvm.heads import LookaheadHead
 from lenvm_kernels import DrawBuffers, lookahead_scores
 from lenvm_sglang.attention import SharedPrefixBackend
 from lenvm_sglang.batches import decode_batch
+from lenvm_sglang.graphs import width_buckets
 from lenvm_sglang.rows import LengthRows, Place, Places, Read
 from lenvm_sglang.settings import Settings, local_directory
 from lenvm_sglang.state import RowTable, to_device
@@ -73,13 +74,14 @@ class LookaheadWorker(ValueWorker):
         head = head.with_table(None if source is None else source.to(head.w1.device))
         self.ahead = LastStates(self.lenvm, head, self.request_rows, self.runner.dtype)
 
-    def _build_candidate_backend(self) -> None:
+    def build_forward(self) -> None:
         """One new token a row is an ordinary decode; in plain torch our backend does all rows in one call."""
         native = self.runner.decode_attention_backend_str == "torch_native" and plain_attention(self.runner.model)
-        if native:
-            self.candidates: Any = SharedPrefixBackend(self.pool, self.base.req_to_token_pool, self.runner.dtype)
-        else:
-            self.candidates, self.candidate_slots = self.sequences, self.sequence_slots
+        pools = self.pool, self.base.req_to_token_pool
+        self.tokens: Any = SharedPrefixBackend(*pools, self.runner.dtype) if native else self.sequences
+
+    def capture(self) -> None:
+        """There is no forward over candidates."""
 
     def follow(self, batch: Any, rows: LengthRows, output: Any) -> Read | None:
         """Read what the base model read, and keep each row's last state."""
@@ -99,19 +101,23 @@ class LookaheadWorker(ValueWorker):
         """The value model's states [R, H] after the token that each row was just fed."""
         slots, lengths = place.slots, place.take(batch.seq_lens).long()
         new, before = place.take(batch.out_cache_loc).long(), lengths - 1
-        rotary = self._rotary(place, before, 1)
+        rotary = self.rotary(place, before, 1)
         token = decode_batch(place.take(batch.input_ids), before, lengths, new, rotary)
-        if isinstance(self.candidates, SharedPrefixBackend):
+        if isinstance(self.tokens, SharedPrefixBackend):
             longest = int(self.host_lengths(batch, place).numpy().max())
-            self.candidates.prepare(slots, before, longest, new[:, None])
+            self.tokens.prepare(slots, before, longest, new[:, None])
         else:
             token.req_pool_indices = slots
             if batch.seq_lens_cpu is not None:
                 token.seq_lens_cpu = batch.seq_lens_cpu[rows.index]
                 token.seq_lens_sum = int(token.seq_lens_cpu.sum())
-            bind_slots(self.candidate_slots, token)
-            self.candidates.init_forward_metadata(token)
-        return self._forward(token, self.candidates)
+            bind_slots(self.sequence_slots, token)
+            self.tokens.init_forward_metadata(token)
+        return self.forward(token, self.tokens)
+
+    def emitted(self, batch: Any, place: Place) -> Tensor:
+        """[R] tokens that the rows' targets have counted before this step's."""
+        return place.emitted(batch)
 
     def score(self, batch: Any, place: Place, candidates: Candidates, value: bool = True) -> Scores:
         """Scores of the states after each candidate, [R, K], from the states before them: nothing is fed."""
@@ -143,6 +149,7 @@ class AttachedWorker:
         self.lenvm = self.attached.lenvm
         self.vocabulary = self.base.model_config.vocab_size
         self.width = min(settings.max_candidates, self.vocabulary)
+        self.widths = width_buckets(self.width)
         self.scored_rows = 0
         parameters = sum(p.numel() for p in self.attached.parameters())
         logger.info("lenvm: lookahead head of %d parameters loaded from %s", parameters, settings.model)
@@ -163,7 +170,7 @@ class AttachedWorker:
         """The parameter table and the states, once the base's request pool exists."""
         requests = self.base.req_to_token_pool.req_to_token
         no_scratch = torch.zeros(requests.shape[0], 0, dtype=torch.int64, device=requests.device)
-        self.places = Places(RowTable(requests.shape[0], requests.device), no_scratch, self.width, self.vocabulary)
+        self.places = Places(RowTable(requests.shape[0], requests.device), no_scratch, self.widths, self.vocabulary)
         self.waits_for_nobody = requests.device.type == "cpu"
         head = self.attached.lookahead_head.to(requests.device)
         self.ahead = LastStates(self.lenvm, head, requests.shape[0], self.base.dtype)
@@ -172,6 +179,9 @@ class AttachedWorker:
         logger.info("lenvm: head of %.2f MB, states of %.2f MB, no KV cache", weights / 2**20, states / 2**20)
 
     def build_backends(self) -> None:
+        """There is no forward of ours."""
+
+    def capture(self) -> None:
         """There is no forward of ours."""
 
     def follow(self, batch: Any, rows: LengthRows, output: Any) -> Read | None:

@@ -132,7 +132,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         place = worker.places.find(batch, rows)
         parameters = place.parameters
         candidates = build_candidates(
-            place.take(logits), parameters.sampling, parameters.stop_token_ids, worker.width, None, place.reach
+            place.take(logits), parameters.sampling, parameters.stop_token_ids, place.width, None, place.reach
         )
         after = worker.ahead.scores(place.slots, candidates, value=False).length_log_q
         assert after is not None
@@ -184,7 +184,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             logits,
             parameters.sampling,
             parameters.stop_token_ids,
-            worker.width,
+            place.width,
             guidance if place.strict else None,
             place.reach,
         )

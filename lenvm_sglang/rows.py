@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -70,6 +71,7 @@ class Place:
         host_index: the same on the host.
         slots: [R] int64 rows of the host's request pool.
         scratch: [R, K] int64 KV slots of their candidates; [R, 0] where candidates are not fed.
+        width: slots that hold every candidate of each of them, by their top-k: one of `widths`.
         present: the controls among them.
         strict: one of them has `length_strict`.
         reach: how many of the most probable tokens have to be ordered for them.
@@ -78,7 +80,7 @@ class Place:
     """
 
     def __init__(
-        self, batch: Any, rows: LengthRows, table: RowTable, scratch: Tensor, width: int, vocabulary: int
+        self, batch: Any, rows: LengthRows, table: RowTable, scratch: Tensor, widths: Sequence[int], vocabulary: int
     ) -> None:
         device = batch.seq_lens.device
         self.states = rows.states
@@ -98,8 +100,11 @@ class Place:
         )
         self.present = frozenset(s.request.control_code for s in rows.states)
         self.strict = any(s.request.strict for s in rows.states)
-        # the states are on the host: with no top-k on, ordering K tokens is enough
-        self.reach = max([width, *(s.top_k for s in rows.states if s.top_k < vocabulary)])
+        # the states are on the host; an end tag that is probed takes a slot
+        most = max(s.top_k + (s.think_end >= 0) for s in rows.states)
+        self.width = widths[min(bisect_left(widths, most), len(widths) - 1)]
+        # with no top-k on, ordering K tokens is enough
+        self.reach = max([self.width, *(s.top_k for s in rows.states if s.top_k < vocabulary)])
         wanted = [i for i, s in enumerate(rows.states) if s.request.return_values]
         shifts = [s.rotary_shift for s in rows.states]
         self.shift = to_device(shifts, torch.int64, device) if any(shifts) else None
@@ -123,12 +128,12 @@ class Places:
     Args:
         table: parameters of the running requests.
         scratch: [request rows, K] int64 KV slots of candidates, [request rows, 0] where candidates are not fed.
-        width: K.
+        widths: how many candidates a row a forward may have, ascending; the last is K.
         vocabulary: of the base model.
     """
 
-    def __init__(self, table: RowTable, scratch: Tensor, width: int, vocabulary: int) -> None:
-        self.table, self.scratch, self.width, self.vocabulary = table, scratch, width, vocabulary
+    def __init__(self, table: RowTable, scratch: Tensor, widths: Sequence[int], vocabulary: int) -> None:
+        self.table, self.scratch, self.widths, self.vocabulary = table, scratch, widths, vocabulary
         self._known: dict[tuple[object, ...], Place] = {}
 
     def find(self, batch: Any, rows: LengthRows) -> Place:
@@ -137,7 +142,7 @@ class Places:
         place = self._known.get(key)
         # a place keeps its states alive, so an id is not given to another object meanwhile
         if place is None:
-            place = Place(batch, rows, self.table, self.scratch, self.width, self.vocabulary)
+            place = Place(batch, rows, self.table, self.scratch, self.widths, self.vocabulary)
             while len(self._known) >= _PLACES:
                 self._known.pop(next(iter(self._known)))
             self._known[key] = place

@@ -14,31 +14,21 @@ of an image under the image's hash, in a cache of the process; the value model's
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lenvm.candidates import Candidates
 from lenvm.format import LenvmConfig, read_lenvm_config
 from lenvm.guidance import Scores
-from lenvm_kernels import (
-    CandidateRows,
-    DrawBuffers,
-    Keep,
-    RequestTables,
-    SlotBuffers,
-    extent,
-    keep_chosen,
-    place_candidates,
-)
-from lenvm_sglang.attention import SharedPrefixBackend
-from lenvm_sglang.batches import decode_batch, select_rows
+from lenvm_kernels import DrawBuffers, Keep, SlotBuffers
+from lenvm_sglang.batches import select_rows
+from lenvm_sglang.forwards import CandidateForward, FusedForward, GatheredForward, HostForward
+from lenvm_sglang.graphs import width_buckets
 from lenvm_sglang.model import reads_images, register_architecture
 from lenvm_sglang.rows import LengthRows, Place, Places, Read
 from lenvm_sglang.settings import Settings, StartError
@@ -50,27 +40,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VIRTUAL_ROWS = 1024
-"""Most candidate rows of one forward where the host's attention needs a request table for them (its size is this many
-times the context length)."""
+HALVES = (torch.bfloat16, torch.float16)
 MOST_REQUESTS = 4096
 """The host's own upper bound of running requests where none is set: what scratch is budgeted for before it is known."""
 
 SLOT_BACKENDS = ("flashinfer", "triton", "fa3", "torch_native")
 """The host's attention backends that address KV by the slot, or take a page size of 1 whatever the base model's is."""
-
-
-class Placed(NamedTuple):
-    """The candidate rows of one step, in the request table of `ValueWorker.virtual`."""
-
-    batch: Any
-    place: Place
-    width: int
-    rows: CandidateRows
-
-    def holds(self, batch: Any, place: Place) -> bool:
-        """Whether it is of these rows in this step."""
-        return self.batch is batch and self.place is place
 
 
 class ValueWorker:
@@ -108,6 +83,7 @@ class ValueWorker:
         )
         self.vocabulary = self.base.model_config.vocab_size
         self.width = self.scratch_width = min(settings.max_candidates, self.vocabulary)
+        self.widths = width_buckets(self.width)
         self.prefill_tokens = 0
         self.scored_rows = 0
         logger.info("lenvm: %s loaded from %s", type(self.runner.model).__name__, settings.model)
@@ -165,7 +141,7 @@ class ValueWorker:
         device = base.req_to_token_pool.req_to_token.device
         scratch = torch.arange(slots, slots + self.request_rows * self.scratch_width, device=device)
         scratch = scratch.view(self.request_rows, self.scratch_width)
-        self.places = Places(RowTable(self.request_rows, device), scratch, self.width, self.vocabulary)
+        self.places = Places(RowTable(self.request_rows, device), scratch, self.widths, self.vocabulary)
         self.chosen = torch.zeros(self.request_rows, dtype=torch.int64, device=device)
         scales = (*(self.pool.k_scale_buffer or ()), *(self.pool.v_scale_buffer or ()))  # of a quantised KV cache
         self.kv = SlotBuffers([*self.pool.k_buffer, *self.pool.v_buffer, *scales])
@@ -190,29 +166,24 @@ class ValueWorker:
         runner.init_kv_index_translator()
         runner.init_attention_backends()
         self.sequences, self.sequence_slots = runner.attn_backend, runner.kv_index_translator
-        self.virtual: Tensor | None = None
-        self._placed: Placed | None = None
-        self._build_candidate_backend()
+        self.build_forward()
 
-    def _build_candidate_backend(self) -> None:
-        base, runner = self.base, self.runner
-        if runner.decode_attention_backend_str == "torch_native" and plain_attention(runner.model):
-            self.candidates: Any = SharedPrefixBackend(self.pool, base.req_to_token_pool, runner.model_config.dtype)
+    def build_forward(self) -> None:
+        """Choose the way in which candidates are scored here."""
+        plain = plain_attention(self.runner.model)
+        halves = self.base.kv_cache_dtype == self.runner.dtype and self.runner.dtype in HALVES
+        if plain and self.runner.decode_attention_backend_str == "torch_native":
+            self.candidates: CandidateForward = GatheredForward(self)
+        elif plain and halves and not self.waits_for_nobody:
+            self.candidates = FusedForward(self)
         else:
-            self.use_host_attention()
+            self.candidates = HostForward(self)
 
-    def use_host_attention(self) -> None:
-        """Score candidates through the host's own backend, as decode rows of a request table of their own."""
-        base, runner = self.base, self.runner
-        real = base.req_to_token_pool.req_to_token
-        self.virtual = torch.zeros(VIRTUAL_ROWS, real.shape[1], dtype=real.dtype, device=real.device)
-        self.virtual_rows = torch.arange(VIRTUAL_ROWS, device=real.device)
-        pool = copy.copy(base.req_to_token_pool)
-        pool.req_to_token, pool.size = self.virtual, VIRTUAL_ROWS
-        runner.req_to_token_pool = pool
-        runner.init_kv_index_translator()
-        runner.init_attention_backends()
-        self.candidates, self.candidate_slots = runner.attn_backend, runner.kv_index_translator
+    def capture(self) -> None:
+        """Once the host has made its own CUDA graphs: those of the candidates' forward."""
+        graphs = self.base.decode_cuda_graph_runner not in (None, self.base.eager_runner)
+        if graphs and isinstance(self.candidates, FusedForward):
+            self.candidates.capture()
 
     # ----- forwards -------------------------------------------------------------------------------------------------
 
@@ -229,43 +200,20 @@ class ValueWorker:
         """
         if batch.forward_mode.is_decode():
             place = self.places.step(batch, rows)
-            keep = Keep(self.kv, self.chosen, place.take(batch.out_cache_loc))
-            alike = len(set(rows.steered)) == 1  # otherwise steered and watched rows are scored apart
-            if alike and self._fits(place) and not self.waits_for_nobody:
-                self._placed = self._place(batch, place, self.width if rows.steered[0] else 1, keep)
-            else:
-                self._placed = None
-                keep_chosen(keep, place.slots)
+            self.candidates.follow(batch, rows, place, Keep(self.kv, self.chosen, place.take(batch.out_cache_loc)))
             return None
-        self._placed = None
         index = to_device(rows.index, torch.int64, batch.seq_lens.device)
         self.places.write(batch.req_pool_indices[index].long(), rows.states)
         part = select_rows(batch, rows.index, index)
         bind_slots(self.sequence_slots, part)
         self.prefill_tokens += part.extend_num_tokens
         self.sequences.init_forward_metadata(part)
-        hidden = self._forward(part, self.sequences)
+        hidden = self.forward(part, self.sequences)
         return Read(hidden, list(part.extend_prefix_lens_cpu), list(part.extend_seq_lens_cpu))
-
-    def _fits(self, place: Place) -> bool:
-        return self.virtual is not None and place.scratch.numel() <= VIRTUAL_ROWS
-
-    def _place(self, batch: Any, place: Place, width: int, keep: Keep | None) -> Placed:
-        """Put `width` candidates of each row into our request table; first give the last chosen ones their slots."""
-        lengths, longest = place.take(batch.seq_lens), int(self.host_lengths(batch, place).numpy().max())
-        here = lengths, place.parameters.start, place.slots, place.scratch[:, :width]
-        return Placed(batch, place, width, place_candidates(*here, self._tables(), longest, keep))
-
-    def _tables(self) -> RequestTables:
-        assert self.virtual is not None
-        return RequestTables(self.base.req_to_token_pool.req_to_token, self.virtual)
 
     def emitted(self, batch: Any, place: Place) -> Tensor:
         """[R] tokens that the rows' targets have counted before this step's."""
-        placed = self._placed
-        if placed is not None and placed.holds(batch, place):
-            return placed.rows.emitted
-        return place.emitted(batch)
+        return self.candidates.emitted(batch, place)
 
     def host_lengths(self, batch: Any, place: Place) -> Tensor:
         """[R] at least as many tokens as each row has read: the host's mirror of the sequence lengths, or, where it
@@ -279,12 +227,15 @@ class ValueWorker:
 
     def scores(self, read: Read, index: Sequence[int]) -> Scores:
         """Scores of the states after the tokens `index` of a prefill, [len(index)]."""
-        return self.runner.model.scores(read.hidden[to_device(list(index), torch.int64, read.hidden.device)])
+        return self.scores_of(read.hidden[to_device(list(index), torch.int64, read.hidden.device)])
+
+    def scores_of(self, hidden: Tensor, value: bool = True) -> Scores:
+        """Scores [...] of hidden states [..., H], z only if `value`."""
+        scores: Scores = self.runner.model.scores(hidden, value)
+        return scores
 
     def score(self, batch: Any, place: Place, candidates: Candidates, value: bool = True) -> Scores:
         """Scores of the states after each candidate, from one forward; their KV stays in scratch.
-
-        On the CPU, where asking which slots hold a candidate waits for nobody, only those are fed; elsewhere all.
 
         Args:
             batch: the host's forward batch.
@@ -295,65 +246,10 @@ class ValueWorker:
         Returns:
             Scores [R, K']; zeros in slots that were not fed, and z = 0 where it was not wanted.
         """
-        rows, width = candidates.token_ids.shape
-        self.scored_rows += rows
-        if self.virtual is not None:
-            return self._score_in_parts(batch, place, candidates.token_ids, value)
-        own, fed = place.scratch[:, :width], None
-        tokens, slots = candidates.token_ids.flatten(), own.flatten()
-        if self.waits_for_nobody and width > 1 and extent(candidates)[1] < rows * width:
-            kept = candidates.kept.clone()
-            kept[:, 0] = True  # a row without a candidate is fed one all the same
-            fed = kept.flatten().nonzero()[:, 0]
-            own = own.masked_fill(~kept, 0)
-        longest = int(self.host_lengths(batch, place).numpy().max())
-        where = self.candidates.prepare(place.slots, place.take(batch.seq_lens), longest, own, fed)
-        given: Any = tokens, where.positions, where.lengths, slots, self._rotary(place, where.positions, width)
-        if fed is not None:
-            given = [None if x is None else x[fed] for x in given]
-        scores = self.runner.model.scores(self._forward(decode_batch(*given), self.candidates), value)
+        self.scored_rows += len(place.states)
+        return self.candidates.score(batch, place, candidates, value)
 
-        def spread(x: Tensor) -> Tensor:
-            if fed is not None:
-                x = x.new_zeros(rows * width, *x.shape[1:]).index_copy_(0, fed, x)
-            return x.view(rows, width, *x.shape[1:])
-
-        return Scores(spread(scores.z), None if scores.length_log_q is None else spread(scores.length_log_q))
-
-    def _score_in_parts(self, batch: Any, place: Place, token_ids: Tensor, value: bool) -> Scores:
-        """Through the host's backend, `VIRTUAL_ROWS` candidates at a time."""
-        rows, width = token_ids.shape
-        mirror = self.host_lengths(batch, place)
-        placed, self._placed = self._placed, None  # the batch is not kept beyond its step
-        if rows * width <= VIRTUAL_ROWS:
-            if placed is None or placed.width != width or not placed.holds(batch, place):
-                placed = self._place(batch, place, width, None)
-            return self._score_part(place, slice(None), placed.rows, mirror, token_ids, value)
-        step, start, tables = VIRTUAL_ROWS // width, place.parameters.start, self._tables()
-        lengths, parts = place.take(batch.seq_lens), []
-        for part in (slice(i, i + step) for i in range(0, rows, step)):
-            here = lengths[part], start[part], place.slots[part], place.scratch[part, :width]
-            found = place_candidates(*here, tables, int(mirror[part].numpy().max()))
-            parts.append(self._score_part(place, part, found, mirror[part], token_ids[part], value))
-        log_q = [p.length_log_q for p in parts if p.length_log_q is not None]
-        return Scores(torch.cat([p.z for p in parts]), torch.cat(log_q) if log_q else None)
-
-    def _score_part(self, place: Place, part: slice, placed: CandidateRows, mirror: Tensor, token_ids: Tensor,
-                    value: bool) -> Scores:  # fmt: skip
-        rows, width = token_ids.shape
-        own = place.scratch[part, :width].reshape(-1)
-        rotary = self._rotary(place, placed.positions, width, part)
-        batch = decode_batch(token_ids.reshape(-1), placed.positions, placed.lengths, own, rotary)
-        batch.req_pool_indices = self.virtual_rows[: rows * width]
-        # what the host's backends size their buffers by
-        lengths = np.repeat(mirror.numpy() + 1, width)
-        batch.seq_lens_cpu, batch.seq_lens_sum = torch.from_numpy(lengths), int(lengths.sum())
-        bind_slots(self.candidate_slots, batch)
-        self.candidates.init_forward_metadata(batch)
-        hidden = self._forward(batch, self.candidates)
-        return self.runner.model.scores(hidden.view(rows, width, -1), value)
-
-    def _rotary(self, place: Place, positions: Tensor, width: int, part: slice = slice(None)) -> Tensor | None:
+    def rotary(self, place: Place, positions: Tensor, width: int, part: slice = slice(None)) -> Tensor | None:
         """Rotary positions of candidates at `positions` [R * K], if the value model reads images."""
         if place.shift is None:
             return positions if self.sees_images else None
@@ -367,7 +263,8 @@ class ValueWorker:
         """Note that each row's first candidate is its next token; the next `follow` keeps its KV."""
         self.chosen.index_copy_(0, place.slots, place.scratch[:, 0])
 
-    def _forward(self, batch: Any, backend: Any) -> Tensor:
+    def forward(self, batch: Any, backend: Any) -> Tensor:
+        """Hidden states [N, H] of a batch of the host's, or of ours, under an attention backend."""
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
         with forward_context(ForwardContext(attn_backend=backend)), self._own_embeddings():

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lenvm_kernels.fused import candidates, lookahead, place, tilt, value_head
+from lenvm_kernels.fused import attend, candidates, lookahead, place, tilt, value_head
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -38,7 +38,8 @@ CUT = {
 CUT_SIZES = {"BLOCK_N": 32, "BLOCK_PARTS": 32, "BOUNDS": True, "FILTERED": True, "TIES": True, "MASSES": True}
 MASS = {"LOGITS": "*bf16", "TEMPERATURE": "*fp32", "STOPS": "*i64", "MASS": "*fp32"}
 
-
+MERGE = {**dict.fromkeys(["PARTIAL", "WEIGHT"], "*fp32"), "OUT": "*bf16"}
+MERGE_SIZES = {"PIECES": 64, "BLOCK_G": attend.HEADS_AT_ONCE, "BLOCK_V": 128}
 PLACE = {
     **dict.fromkeys(["LENGTHS", "START", "POOL_ROWS", "SCRATCH", "POSITIONS", "SEQUENCES", "EMITTED"], "*i64"),
     **dict.fromkeys(["ADDRESSES", "CHOSEN", "TARGET"], "*i64"),
@@ -67,10 +68,29 @@ def tilt_case(slots: int, bins: bool) -> tuple[str, Any, dict[str, str], dict[st
     return name, tilt.tilt_sample_kernel, TILT, constants, tilt.warps(slots, bins), 1
 
 
+def attend_case(pairs: int, cut: int) -> tuple[str, Any, dict[str, str], dict[str, Any], int, int]:
+    pointers = {
+        **dict.fromkeys(["QUERY", "KEYS", "VALUES", "OUT"], "*bf16"),
+        **dict.fromkeys(["POOL_ROWS", "OWN"], "*i64"),
+        **{"LENGTHS": "*i64", "REQUESTS": "*i32", "PARTIAL": "*fp32", "WEIGHT": "*fp32", "scale": "fp32"},
+        # a launch sees that they are multiples of 16, as of every head of 16, 64 or 128 features
+        **dict.fromkeys(["query_row", "query_head", "key_slot", "key_head", "value_slot", "value_head"], "i32"),
+        **dict.fromkeys(["own_row", "D", "DV"], "i32"),
+    }
+    block = attend.block_m(pairs)
+    sizes = {"BLOCK_M": block, "BLOCK_N": attend.BLOCK_N, "BLOCK_D": 128, "BLOCK_V": 128}
+    constants = {**sizes, "PIECES": cut, "UPCAST": False}
+    name = f"attend_prefix, {pairs} pairs, {cut} pieces"
+    return name, attend.prefix_kernel, pointers, constants, attend.warps(block), attend.STAGES
+
+
 CASES: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = [
     tilt_case(16, True),
     tilt_case(64, True),
     tilt_case(16, False),
+    attend_case(96, 4),
+    attend_case(24, 64),
+    ("attend_prefix: merge", attend.merge_kernel, MERGE, MERGE_SIZES, 4, 1),
     ("place_candidates", place.place_kernel, PLACE, PLACE_SIZES, 4, 1),
     ("build_candidates: mass", candidates.mass_kernel, MASS, {"CHUNK": candidates.CHUNK, "BLOCK": 1024}, 4, 1),
     ("build_candidates: cut", candidates.cut_kernel, CUT, CUT_SIZES, 4, 1),
@@ -101,6 +121,7 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = [
 
 SHORT = [CASES[0], *CASES[3:]]
 """For the other generations: the shapes that serve."""
+CASES.append(attend_case(96, 1))
 
 
 def compile_case(
@@ -116,7 +137,8 @@ def compile_case(
     types = {
         p.name: "constexpr" if p.name in constants else pointers.get(p.name, "i32") for p in kernel.params
     }  # what is no pointer is a size or a stride
-    aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params) if p.name in pointers}
+    even = {name for name, kind in pointers.items() if kind != "fp32"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params) if p.name in even}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

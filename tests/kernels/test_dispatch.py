@@ -21,7 +21,9 @@ from lenvm_kernels import (
     DrawBuffers,
     Keep,
     RequestTables,
+    SharedRows,
     TiltSample,
+    attend_prefix,
     build_candidates,
     dispatch,
     keep_chosen,
@@ -121,7 +123,7 @@ def test_what_surrounds_the_forward_is_what_plain_torch_does() -> None:
         pools = Pools(device)
         at, rows, begin, to = (t.to(device) for t in (lengths, pool_rows, start, target))
         tables, keep = RequestTables(pools.requests, pools.virtual), Keep(pools.kv, pools.chosen, to)
-        found = way(at, begin, rows, pools.scratch[rows, :5], tables, 2599, keep)
+        found = way(at, begin, rows, pools.scratch[rows, :5], tables, 2599, keep, None)
         alone(Keep(pools.kv, pools.chosen, to + 200), rows)
         return pools, found
 
@@ -143,6 +145,26 @@ def test_what_surrounds_the_forward_is_what_plain_torch_does() -> None:
     assert torch.equal(step.logits[index].argmax(-1), sample.token_id)
     assert torch.equal((step.logits == -torch.inf).sum(-1).cpu(), torch.full((ROWS,), VOCABULARY - 1))
     assert torch.equal(chosen[index], slots.gather(1, sample.slot[:, None])[:, 0])
+
+
+def test_attention_of_candidates_is_what_plain_torch_does() -> None:
+    """Half precision, as the kernel is made for; also cut into pieces, which a device alone decides."""
+    g = torch.Generator().manual_seed(2)
+    for rows, longest in ((1, 2000), (7, 300)):
+        query = torch.randn(rows * 16, 12, 128, generator=g).bfloat16()
+        caches = [torch.randn(4000, 2, 128, generator=g).bfloat16() for _ in range(2)]
+        own = torch.randperm(4000, generator=g)[: rows * 16].view(rows, 16)
+        table = torch.randint(0, 4000, (rows + 2, 2100), generator=g, dtype=torch.int32)
+        given = (
+            torch.randperm(rows + 2, generator=g)[:rows],
+            torch.randint(1, longest, (rows,), generator=g),
+            own,
+            table,
+        )
+        want = reference.attend_prefix(query.float(), SharedRows(*given), *caches, 0.1)
+        here = SharedRows(*(t.to(DEVICE) for t in given))
+        found = attend_prefix(query.to(DEVICE), here, *(c.to(DEVICE) for c in caches), 0.1)
+        assert torch.allclose(found.cpu().float(), want, rtol=2e-2, atol=2e-2)
 
 
 def test_looking_ahead_is_what_the_core_does() -> None:

@@ -34,5 +34,5 @@ def test_ties_and_bad_scores() -> None:
 @pytest.mark.slow
 def test_all() -> None:
     """Against float64, properties, edges and planted bugs: one process, because each has to import Triton."""
-    names = ("tilt", "properties", "parts", "step", "lookahead", "mutants")
-    run_checks(78, *(f"{CHECKS}/check_{name}.py" for name in names), TRITON_INTERPRET="1")
+    names = ("tilt", "properties", "parts", "step", "attend", "lookahead", "mutants")
+    run_checks(114, *(f"{CHECKS}/check_{name}.py" for name in names), TRITON_INTERPRET="1")

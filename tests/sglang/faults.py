@@ -16,7 +16,7 @@ def register() -> None:
     """Wrap the value worker's forward."""
     from lenvm_sglang.worker import ValueWorker
 
-    original = ValueWorker._forward
+    original = ValueWorker.forward
 
     def forward(self: ValueWorker, batch: Any, backend: Any) -> Any:
         prefill = batch.forward_mode.is_extend()
@@ -28,4 +28,4 @@ def register() -> None:
             hidden[batch.input_ids == token] = value
         return hidden
 
-    ValueWorker._forward = forward  # type: ignore[method-assign]
+    ValueWorker.forward = forward  # type: ignore[method-assign]

@@ -1,8 +1,9 @@
 """Answers of a scheduler in this process, by the CPU's path or by a GPU's:
-`python -m tests.sglang.paths BASE LENVM [device] [parts]`.
+`python -m tests.sglang.paths BASE LENVM [fused | graphs | host | parts]`.
 
-With `device` and TRITON_INTERPRET=1 every kernel of ours runs as on a GPU, in Triton's interpreter, under the host's
-own attention: launches, buffers and bookkeeping are those of a GPU. `parts` leaves room for so few candidates in a
+With one of these words and TRITON_INTERPRET=1 every kernel of ours runs as on a GPU, in Triton's interpreter: launches,
+buffers and bookkeeping are those of a GPU. `fused` is our own attention; `graphs` replays its forward on the memory of
+CUDA graphs, by running it again; `host` is the host's attention, and `parts` leaves room for so few candidates in its
 forward that the batch takes several. Prints one JSON list of token lists.
 """
 
@@ -10,11 +11,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.inprocess import InProcess, quiet
-from lenvm_sglang import worker
+from lenvm.guidance import Scores
+from lenvm_sglang import forwards
+from lenvm_sglang.graphs import Record, Recorded
 from tests.kernels.checks import quick
 from tests.sglang.models import prompts
 
@@ -55,15 +60,39 @@ def answers(engine: InProcess) -> list[list[int]]:
     return [answer for which in (range(len(ASKED)), range(STEERED), [0], [5]) for answer in ask(list(which))]
 
 
+@contextmanager
+def again() -> Iterator[Record]:
+    """Records a forward as a CUDA graph would, but for the graph: to replay is to run it again, on the memory and into
+    the memory of the first time."""
+
+    def record(forward: Callable[[], Scores]) -> Recorded:
+        scores = forward()
+
+        def replay() -> None:
+            fresh = forward()
+            scores.z.copy_(fresh.z)
+            if scores.length_log_q is not None and fresh.length_log_q is not None:
+                scores.length_log_q.copy_(fresh.length_log_q)
+
+        return replay, scores
+
+    yield record
+
+
 def main() -> None:
     quiet()
     engine = InProcess(Path(sys.argv[1]), Path(sys.argv[2]), ["--max-total-tokens", "4096"], most=16)
-    if "device" in sys.argv:
+    word = sys.argv[3] if len(sys.argv) > 3 else None
+    if word is not None:
         engine.worker.waits_for_nobody = False
-        if "parts" in sys.argv:
-            worker.VIRTUAL_ROWS = 40
+        if word == "parts":
+            forwards.VIRTUAL_ROWS = 40
         if not engine.worker.reads_base:
-            engine.worker.use_host_attention()
+            way = forwards.FusedForward if word in ("fused", "graphs") else forwards.HostForward
+            engine.worker.candidates = way(engine.worker)
+        if word == "graphs":
+            engine.worker.candidates.capture(again)
+            assert engine.worker.candidates.graphs is not None
     print(json.dumps(answers(engine)))
 
 

@@ -36,6 +36,8 @@ def test_the_path_of_a_gpu_gives_the_same_answers(kind: str, tmp_path: Path) -> 
     cpu = answers(pair / "base", lenvm)
     assert len(cpu[5]) == ASKED[5]["length_target"]  # strict
     assert len(set(map(tuple, cpu))) > len(ASKED) // 2
-    assert answers(pair / "base", lenvm, "device", TRITON_INTERPRET="1") == cpu
+    assert answers(pair / "base", lenvm, "fused", TRITON_INTERPRET="1") == cpu
     if kind == "full":
-        assert answers(pair / "base", lenvm, "device", "parts") == cpu
+        assert answers(pair / "base", lenvm, "graphs", TRITON_INTERPRET="1") == cpu
+        assert answers(pair / "base", lenvm, "host", TRITON_INTERPRET="1") == cpu
+        assert answers(pair / "base", lenvm, "parts") == cpu

@@ -7,6 +7,7 @@ import torch
 
 from lenvm.candidates import Candidates
 from lenvm_kernels import (
+    CandidateRows,
     DrawBuffers,
     Keep,
     PrefixMasks,
@@ -55,17 +56,48 @@ def test_candidates_are_placed_and_the_last_choice_is_kept(dtype: torch.dtype, k
             RequestTables(pools.requests, pools.virtual),
             2599,
             Keep(pools.kv, pools.chosen, target) if kept else None,
+            None,
         )
         for place, pools in ((place_candidates, ours), (reference.place_candidates, theirs))
     )
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a, b)
+    assert torch.equal(found.own.view(5, WIDTH), ours.scratch[pool_rows, :WIDTH])
+    assert torch.equal(found.prefix, lengths.long())
     for row, length in enumerate(found.lengths.tolist()):
         assert torch.equal(ours.virtual[row, :length], theirs.virtual[row, :length])
     assert (ours.virtual[len(lengths) * WIDTH :] == -1).all()
     for a, b, fresh in zip(ours.kv.buffers, theirs.kv.buffers, Pools().kv.buffers, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a[target.long()], fresh[ours.chosen[pool_rows]] if kept else fresh[target.long()])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_candidates_are_placed_in_the_memory_of_a_graph(kept: bool) -> None:
+    """Rows behind those given stand for nobody, whatever stood there; no request table is wanted."""
+    lengths, pool_rows, start = torch.tensor([7, 2599, 30]), torch.tensor([4, 0, 8]), torch.tensor([1, 1000, 0])
+    target = torch.tensor([3, 17, 5])
+    ours, theirs = Pools(), Pools()
+    found, wanted = (
+        place(
+            lengths,
+            start,
+            pool_rows,
+            pools.scratch[pool_rows, :WIDTH],
+            None,
+            0,
+            Keep(pools.kv, pools.chosen, target) if kept else None,
+            CandidateRows(*(t.fill_(99) for t in CandidateRows.empty(5, WIDTH, lengths.device))),
+        )
+        for place, pools in ((place_candidates, ours), (reference.place_candidates, theirs))
+    )
+    for a, b in zip((*found, *ours.kv.buffers), (*wanted, *theirs.kv.buffers), strict=True):
+        assert torch.equal(a, b)
+    assert found.prefix.tolist() == [7, 2599, 30, 0, 0]
+    assert found.pool_rows.tolist() == [4, 0, 8, 0, 0]
+    assert found.emitted.tolist() == [6, 1599, 30, 0, 0]
+    assert found.own[3 * WIDTH :].tolist() == [0] * 2 * WIDTH
+    assert found.lengths[3 * WIDTH :].tolist() == [1] * 2 * WIDTH
 
 
 def test_the_last_choice_is_kept_by_itself() -> None:
