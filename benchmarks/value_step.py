@@ -33,12 +33,18 @@ from benchmarks.common import Table
 from benchmarks.inprocess import InProcess, forward_names, quiet
 from benchmarks.pairs import make_pair
 
-FIELDS = {"posterior": {"length_target": 4096}, "bias": {"length_bias": -2.0}, "values": {"return_length_values": True}}
+FIELDS = {
+    "posterior": {"length_target": 4096},
+    "posterior top-k 4": {"length_target": 4096},
+    "bias": {"length_bias": -2.0},
+    "values": {"return_length_values": True},
+}
+SAMPLING = {"posterior top-k 4": {"top_k": 4}}
 KERNELS = {"place_candidates": 1, "build_candidates": 2, "masses": 1, "lookahead_scores": 2, "tilt_sample": 1}
 """Launches of each: a kernel; top-k and a kernel, and one more (`masses`) where a row has a top-p without
 a top-k; two kernels; a kernel."""
 INSIDE = {"attend_prefix": 2, "value_head": 2}
-"""Of those that belong to the forward: two kernels; a kernel and the sum of its parts."""
+"""Of those that belong to the forward, each a phase of its own: two kernels; a kernel and the sum of its parts."""
 PICKS = {"index", "index_select", "gather", "embedding"}
 PUTS = {"index_put_", "_index_put_impl_", "index_copy_", "scatter_"}
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
@@ -47,7 +53,7 @@ METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__",
 
 class Recorder(TorchDispatchMode):  # type: ignore[misc]
     """Counts by phase: `host`, `sampler` (the host's own), `ours`, `value` (the value model's forward and its heads),
-    `kernels` (what kernels replace).
+    `kernels` (what kernels replace), and likewise those of `INSIDE`.
 
     Attributes:
         counts: phase -> counter of launches, bytes, waits, forwards, tokens.
@@ -105,6 +111,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
                     self.now[count] += 1
                     if count == "build_candidates":
                         self.now["masses"] += not (args[1].unfiltered or args[1].no_whole_top_p)
+                    if count == "attend_prefix":
+                        self.counts["value"]["bytes"] += attended(*args)
                 if tokens is not None:
                     self.now["tokens"] += len(tokens(*args))
                 return function(*args, **kwargs)
@@ -126,6 +134,13 @@ def moved(name: str, args: Any, kwargs: Any, out: Any) -> int:
     else:
         touched = tensors(args, kwargs, out)
     return sum(t.numel() * t.element_size() for t in touched)
+
+
+def attended(query: torch.Tensor, rows: Any, k_cache: torch.Tensor, v_cache: torch.Tensor, _: float) -> int:
+    """Bytes of `attend_prefix`: queries, results, and each key and value once."""
+    read = int(rows.lengths.sum()) + rows.own.numel()
+    slot = sum(cache[0].numel() * cache.element_size() for cache in (k_cache, v_cache))
+    return 2 * query.numel() * query.element_size() + read * (slot + rows.requests.element_size())
 
 
 @contextmanager
@@ -156,7 +171,7 @@ def recording(engine: InProcess) -> Iterator[Recorder]:
             (model, "value_head"),
             (lookahead, "lookahead_scores"),
         ):
-            kernel = recorder.wrapped(getattr(module, name), "kernels", name)
+            kernel = recorder.wrapped(getattr(module, name), name if name in INSIDE else "kernels", name)
             stack.enter_context(mock.patch.object(module, name, kernel))
         for name in METHODS:
             original = getattr(torch.Tensor, name)
@@ -184,8 +199,9 @@ def recording(engine: InProcess) -> Iterator[Recorder]:
         yield recorder
 
 
-def count(engine: InProcess, rows: int, context: int, fields: dict[str, Any]) -> tuple[Recorder, int]:
+def count(engine: InProcess, rows: int, context: int, kind: str) -> tuple[Recorder, int]:
     """Record decode steps in the middle of an answer; returns the recorder and how many steps they were."""
+    sampling = SAMPLING.get(kind, {})
     steps, tokens, warm = 0, 10, 4
     with recording(engine) as recorder:
         # the first steps of a batch write tables and fill caches
@@ -203,7 +219,7 @@ def count(engine: InProcess, rows: int, context: int, fields: dict[str, Any]) ->
 
         g = torch.Generator().manual_seed(1)
         prompts = torch.randint(2, engine.vocabulary, (rows, context), generator=g).tolist()
-        engine.run([engine.request(p, tokens, fields, temperature=1.0) for p in prompts], at_step)
+        engine.run([engine.request(p, tokens, FIELDS[kind], temperature=1.0, **sampling) for p in prompts], at_step)
     # the step at which the counts were cleared last is in them
     return recorder, steps + 1
 
@@ -220,21 +236,26 @@ def answers(engine: InProcess, kind: str) -> list[list[int]]:
 
 
 def report(table: Table, engine: InProcess, provider: str, kind: str, rows: int, context: int, width: int) -> None:
-    recorder, steps = count(engine, rows, context, FIELDS[kind])
+    recorder, steps = count(engine, rows, context, kind)
     ours, value, kernels = (recorder.counts[p] for p in ("ours", "value", "kernels"))
+    within = [recorder.counts[name] for name in INSIDE]
     replaced = provider != "ours" or torch.cuda.is_available()
     launches = ours["launches"] + (sum(KERNELS[k] * kernels[k] for k in KERNELS) if replaced else kernels["launches"])
-    inside = sum(INSIDE[k] * kernels[k] for k in INSIDE) if replaced else 0
+    inside = sum(INSIDE[n] * recorder.counts[n][n] if replaced else recorder.counts[n]["launches"] for n in INSIDE)
+    waits = ours["waits"] + value["waits"]
+    if not replaced:  # a stand-in for a kernel may ask what a kernel need not
+        waits += kernels["waits"] + sum(phase["waits"] for phase in within)
+    # a stand-in for the attention reads a prefix for each candidate: `attended` counts what the kernel reads
+    forward_bytes = value["bytes"] + recorder.counts["value_head"]["bytes"]
     found = {
         "value forwards": value["forwards"] / steps,
         "value tokens per row": value["tokens"] / steps / rows,
-        # a stand-in for a kernel may ask what a kernel need not
-        "waits of ours": (ours["waits"] + value["waits"] + (not replaced) * kernels["waits"]) / steps,
+        "waits of ours": waits / steps,
         "launches of ours outside the value forward": launches / steps,
         "launches of the host's sampler": recorder.counts["sampler"]["launches"] / steps,
         "launches of the value forward": (value["launches"] + inside) / steps,
         "bytes of ours per token": (ours["bytes"] + kernels["bytes"]) / steps / rows,
-        "bytes of the value forward per token": value["bytes"] / steps / rows,
+        "bytes of the value forward per token": forward_bytes / steps / rows,
     }
     sizes = f"B={rows} K={width} L={context} {kind}"
     for name, figure in found.items():
