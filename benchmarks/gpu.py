@@ -2,8 +2,9 @@
 """Everything that wants a GPU, in one call: `python3 benchmarks/gpu.py --out runs/gpu`.
 
 On a machine with an NVIDIA GPU: the serving environment (`env/build.py serve`, unless --python names one), the kernels'
-tests on the device, a CUDA graph of the whole guidance step, the kernels' times, the counts of a step, guided against
-unguided serving and its scaling, with random weights of real shapes. Nothing is downloaded but packages.
+tests on the device, a CUDA graph of the whole guidance step, the kernels' times, the ways of attention there are, the
+counts of a step and whether its CUDA graphs say what it says without, guided against unguided serving and its scaling,
+with random weights of real shapes. Nothing is downloaded but packages.
 
 `--dry` runs the same steps end to end on a CPU in small sizes. Each step writes a log and a CSV into the folder; one
 that fails does not stop the others, and the exit status says so at the end. Standard library only.
@@ -32,6 +33,7 @@ def steps(dry: bool, out: Path) -> dict[str, list[str]]:
         return {
             "graph": [str(BENCHMARKS / "graph.py"), "--dry"],
             "kernels": script("kernels", "--dry"),
+            "attention": script("attention", "--dry"),
             "value_step": script("value_step", "--dry"),
             "serve_overhead": script("serve_overhead", "steps", "http", "--dry"),
             "scaling": script("scaling", "--dry"),
@@ -42,6 +44,7 @@ def steps(dry: bool, out: Path) -> dict[str, list[str]]:
         "tests": tests,
         "graph": [str(BENCHMARKS / "graph.py")],
         "kernels": script("kernels"),
+        "attention": script("attention"),
         "value_step": script("value_step", "--base", "1.5b", "--value", "0.5b"),
     }
     for name, (base, value) in pairs.items():

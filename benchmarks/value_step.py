@@ -298,7 +298,14 @@ def main(arguments: list[str] | None = None) -> None:
             for context in contexts:
                 for kind in ("posterior",) if options.dry or options.pair else FIELDS:
                     report(table, engine, "ours", kind, batch, context, options.candidates)
-        if not torch.cuda.is_available() and not options.pair:
+        if torch.cuda.is_available():
+            graphs = engine.worker.candidates.graphs
+            with engine.replaced(engine.worker.candidates, "graphs", None):
+                without = [answers(engine, kind) for kind in FIELDS]
+            if without != [answers(engine, kind) for kind in FIELDS]:
+                raise SystemExit("value_step: CUDA graphs give different tokens.")
+            print(f"{0 if graphs is None else len(graphs)} CUDA graphs of the value forward; same tokens without them")
+        elif not options.pair:
             said = [answers(engine, kind) for kind in FIELDS]
             from lenvm_sglang.forwards import FusedForward
 

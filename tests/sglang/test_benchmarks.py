@@ -25,7 +25,7 @@ def test_the_gpu_script_runs_dry_and_a_step_never_waits(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=compiling, capture_output=True, text=True, check=False)
     logs = "\n".join(f"{p.name}: {p.read_text(errors='replace')[-1500:]}" for p in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
-    for name in ("kernels", "value_step", "serve_overhead", "scaling"):
+    for name in ("kernels", "attention", "value_step", "serve_overhead", "scaling"):
         rows = rows_of(tmp_path / f"{name}.csv")
         assert rows and all(float(r["p20"]) <= float(r["p80"]) for r in rows), name
 
