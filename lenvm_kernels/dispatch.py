@@ -295,7 +295,7 @@ def tilt_sample(
         seed: [R] int64 keys of the draw's noise.
         greedy: [R] bool, take the arg max of p' instead of a sample.
         present: the controls that occur in `guidance`, where the host knows them.
-        statistics: also give value, expected value, KL to the base and status (free in the kernels).
+        statistics: also give value, expected value, KL to the base and status (free in Triton's kernel).
         lengths: also give the predicted remaining length (free in Triton's kernel).
         into: where the tokens and slots drawn are written, in the same launch.
 
@@ -310,5 +310,7 @@ def tilt_sample(
     if uses_numba(candidates.log_p) and slots > 0:
         from lenvm_kernels.compiled import tilt as compiled
 
-        return compiled.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, lengths, into)
+        return compiled.tilt_sample(
+            candidates, scores, guidance, lenvm, seed, greedy, present, statistics, lengths, into
+        )
     return reference.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, statistics, lengths, into)

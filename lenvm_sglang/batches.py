@@ -49,19 +49,38 @@ def select_rows(batch: Any, rows: Sequence[int], index: Tensor) -> Any:
     return part
 
 
-def decode_batch(input_ids: Tensor, positions: Tensor, lengths: Tensor, slots: Tensor, rotary: Tensor | None) -> Any:
-    """A decode batch of candidate rows, [N] each: tokens, places, sequence lengths with them, the slots their KV goes
-    to, and, for a model that reads images, their rotary positions."""
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+class DecodeBatch:
+    """A decode batch of rows of ours, [N] each. The host's object is kept and filled anew for each forward, because to
+    make one sets some hundred fields."""
 
-    return ForwardBatch(
-        forward_mode=ForwardMode.DECODE,
-        batch_size=input_ids.shape[0],
-        input_ids=input_ids,
-        req_pool_indices=slots,  # overwritten where a backend reads it
-        seq_lens=lengths,
-        out_cache_loc=slots,
-        seq_lens_sum=None,  # type: ignore[arg-type]
-        positions=positions,
-        mrope_positions=None if rotary is None else rotary.expand(3, -1),
-    )
+    def __init__(self) -> None:
+        self._batch: Any = None
+
+    def fill(self, input_ids: Tensor, positions: Tensor, lengths: Tensor, slots: Tensor, rotary: Tensor | None) -> Any:
+        """The host's object, until the next call.
+
+        Args:
+            input_ids: [N] int64 tokens.
+            positions: [N] int64 places in their sequences.
+            lengths: [N] int64 tokens of the sequences with them.
+            slots: [N] int64 slots that their KV goes to.
+            rotary: [N] int64 rotary positions, for a model that reads images.
+        """
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+        if self._batch is None:
+            self._batch = ForwardBatch(
+                forward_mode=ForwardMode.DECODE,
+                batch_size=0,
+                input_ids=input_ids,
+                req_pool_indices=slots,
+                seq_lens=lengths,
+                out_cache_loc=slots,
+                seq_lens_sum=None,  # type: ignore[arg-type]
+            )
+        batch = self._batch
+        batch.batch_size = len(input_ids)
+        batch.input_ids, batch.positions, batch.seq_lens, batch.out_cache_loc = input_ids, positions, lengths, slots
+        batch.req_pool_indices = slots  # overwritten where a backend reads it
+        batch.mrope_positions = None if rotary is None else rotary.expand(3, -1)
+        return batch

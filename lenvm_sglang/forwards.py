@@ -22,7 +22,7 @@ from lenvm.candidates import Candidates
 from lenvm.guidance import Scores
 from lenvm_kernels import CandidateRows, Keep, RequestTables, extent, keep_chosen, place_candidates
 from lenvm_sglang.attention import FusedPrefixBackend, SharedPrefixBackend
-from lenvm_sglang.batches import decode_batch
+from lenvm_sglang.batches import DecodeBatch
 from lenvm_sglang.graphs import Fixed, ForwardGraphs, Graph, Record, cuda_recorder, row_buckets
 from lenvm_sglang.rows import LengthRows, Place
 from lenvm_sglang.versions import bind_slots
@@ -48,6 +48,7 @@ class CandidateForward(ABC):
 
     def __init__(self, worker: ValueWorker) -> None:
         self.worker = worker
+        self.batch = DecodeBatch()
 
     def follow(self, batch: Any, rows: LengthRows, place: Place, keep: Keep) -> None:
         """After the base model's forward of a decode step: the KV of the candidates chosen last, `keep`, and whatever
@@ -96,9 +97,9 @@ class GatheredForward(CandidateForward):
         where = self.backend.prepare(place.slots, place.take(batch.seq_lens), longest, own, fed)
         given: Any = tokens, where.positions, where.lengths, slots, self.worker.rotary(place, where.positions, width)
         if fed is None:
-            return self.run(decode_batch(*given), (rows, width), value)
+            return self.run(self.batch.fill(*given), (rows, width), value)
         given = [None if x is None else x[fed] for x in given]
-        scores = self.run(decode_batch(*given), (len(fed),), value)
+        scores = self.run(self.batch.fill(*given), (len(fed),), value)
 
         def spread(x: Tensor) -> Tensor:
             x = x.new_zeros(rows * width, *x.shape[1:]).index_copy_(0, fed, x)
@@ -208,7 +209,7 @@ class HostForward(PlacedForward):
                value: bool) -> Scores:  # fmt: skip
         rows, width = token_ids.shape
         rotary = self.worker.rotary(place, placed.positions, width, part)
-        batch = decode_batch(token_ids.reshape(-1), placed.positions, placed.lengths, placed.own, rotary)
+        batch = self.batch.fill(token_ids.reshape(-1), placed.positions, placed.lengths, placed.own, rotary)
         batch.req_pool_indices = self.table_rows[: rows * width]
         # what the host's backends size their buffers by
         lengths = np.repeat(mirror.numpy() + 1, width)
@@ -265,7 +266,7 @@ class FusedForward(PlacedForward):
     def _forward(self, fixed: Fixed, value: bool = True) -> Scores:
         placed = fixed.placed
         self.backend.rows = placed.shared(self.worker.base.req_to_token_pool.req_to_token)
-        batch = decode_batch(fixed.token_ids, placed.positions, placed.lengths, placed.own, fixed.rotary)
+        batch = self.batch.fill(fixed.token_ids, placed.positions, placed.lengths, placed.own, fixed.rotary)
         return self.run(batch, tuple(self.backend.rows.own.shape), value)
 
     def capture(self, recorder: Callable[[], AbstractContextManager[Record]] = cuda_recorder) -> None:
@@ -277,8 +278,8 @@ class FusedForward(PlacedForward):
                 self.graphs = ForwardGraphs(self._probe, rows, widths, record)
         except Exception as error:  # whatever a driver raises
             logger.warning(
-                "lenvm: no CUDA graphs of the value model (%s: %s); it runs without them, which is slower. Serve with "
-                "--disable-cuda-graph to leave them out.", type(error).__name__, error, exc_info=error,
+                "lenvm: no CUDA graphs of the value model (%s: %s); its forward runs without them, slower and with the "
+                "same answers. Please report this.", type(error).__name__, error, exc_info=error,
             )  # fmt: skip
             return
         logger.info("lenvm: %d CUDA graphs of the value model: rows %s, candidates %s", len(self.graphs), rows, widths)

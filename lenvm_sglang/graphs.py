@@ -7,6 +7,7 @@ ids are copied there. Rows that a batch does not fill stand for nobody: no prefi
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -135,6 +136,17 @@ def _check(graph: Graph, forward: Callable[[], Scores]) -> None:
 
 
 @contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Nothing that exists is looked at by the garbage collection that torch does before each graph."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
 def cuda_recorder() -> Iterator[Record]:
     """Records CUDA graphs as the host does, into memory of their own: the base model's graphs would write over the
     scores of a shared one."""
@@ -142,7 +154,7 @@ def cuda_recorder() -> Iterator[Record]:
     from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
 
     pool = torch.cuda.graph_pool_handle()
-    with model_capture_mode(), graph_capture() as context:
+    with _frozen_heap(), model_capture_mode(), graph_capture() as context:
 
         def record(forward: Callable[[], Scores]) -> Recorded:
             for _ in range(2):  # compile, allocate

@@ -22,7 +22,7 @@ from lenvm.guidance import Scores
 from lenvm.heads import LookaheadHead
 from lenvm_kernels import DrawBuffers, lookahead_scores
 from lenvm_sglang.attention import SharedPrefixBackend
-from lenvm_sglang.batches import decode_batch
+from lenvm_sglang.batches import DecodeBatch
 from lenvm_sglang.graphs import width_buckets
 from lenvm_sglang.rows import LengthRows, Place, Places, Read
 from lenvm_sglang.settings import Settings, local_directory
@@ -79,6 +79,7 @@ class LookaheadWorker(ValueWorker):
         native = self.runner.decode_attention_backend_str == "torch_native" and plain_attention(self.runner.model)
         pools = self.pool, self.base.req_to_token_pool
         self.tokens: Any = SharedPrefixBackend(*pools, self.runner.dtype) if native else self.sequences
+        self.batch = DecodeBatch()
 
     def capture(self) -> None:
         """There is no forward over candidates."""
@@ -102,7 +103,7 @@ class LookaheadWorker(ValueWorker):
         slots, lengths = place.slots, place.take(batch.seq_lens).long()
         new, before = place.take(batch.out_cache_loc).long(), lengths - 1
         rotary = self.rotary(place, before, 1)
-        token = decode_batch(place.take(batch.input_ids), before, lengths, new, rotary)
+        token = self.batch.fill(place.take(batch.input_ids), before, lengths, new, rotary)
         if isinstance(self.tokens, SharedPrefixBackend):
             longest = int(self.host_lengths(batch, place).numpy().max())
             self.tokens.prepare(slots, before, longest, new[:, None])

@@ -110,15 +110,16 @@ def hard_choice(kept, stop, raw, token, z, wanted, mode):
 @compiled(
     "Tuple((f4[:,::1], i8[::1], i8[::1], f4[:,::1], i4[::1]))"
     "(f4[:,:], i8[:,:], b1[:,:], f4[:,:], f4[:,:,:], f4[:,:], b1, f4[:], f8,"
-    " i8[:], i8[:], i8[:], i8[:], f4[:], f4[:], i8[:], b1[:])"
+    " i8[:], i8[:], i8[:], i8[:], f4[:], f4[:], i8[:], b1[:], b1)"
 )
 def guide_and_draw(
     log_p, tokens, stops, z, q, kernels, by_row, means, decay,
-    modes, controls, targets, emitted, sharpness, biases, seeds, greedy,
+    modes, controls, targets, emitted, sharpness, biases, seeds, greedy, with_statistics,
 ):  # fmt: skip
     """Rows [R] of candidates [R, K] with length probabilities [R, K, B]. `kernels` [..., 1 + B], the weight of a stop
     token and of each bin, has a line for each row, or is `lenvm.guidance.kernel_table`. It or `means` [B] may be empty,
-    if no row is a posterior's or no length of a distribution is wanted."""
+    if no row is a posterior's or no length of a distribution is wanted. Without statistics those rows are not to be
+    read, except of lengths."""
     rows, slots = log_p.shape
     counted, reach = len(means), kernels.shape[0] // _MODES
     out = np.empty((rows, slots), np.float32)
@@ -130,13 +131,14 @@ def guide_and_draw(
     for r in range(rows):
         mode, control = modes[r], controls[r]
         left = targets[r] - emitted[r] - 1
+        reads_u = with_statistics or control != _POSTERIOR
         empty, bad_z = True, False
         for k in range(slots):
             kept[k] = log_p[r, k] > NEG_INF  # NaN is not
             scored[k] = kept[k] and not stops[r, k]
             base[k] = log_p[r, k] if kept[k] else NEG_INF
             values[k] = z[r, k] if scored[k] else 0.0
-            u[k] = 1.0 / (1.0 + exp(-values[k])) if scored[k] else 0.0
+            u[k] = 1.0 / (1.0 + exp(-values[k])) if scored[k] and reads_u else 0.0
             empty &= not kept[k]
             bad_z |= np.isnan(values[k])
         total = log_sum_exp(base)
@@ -190,10 +192,11 @@ def guide_and_draw(
                 score = float(out[r, k])
                 if not greedy[r]:
                     score += keyed_gumbel(key, tokens[r, k])
-                p = exp(log_guided)
-                expected -= p * u[k]
-                if steered and p > 0.0:
-                    divergence += p * (log_guided - base[k])
+                if with_statistics:
+                    p = exp(log_guided)
+                    expected -= p * u[k]
+                    if steered and p > 0.0:
+                        divergence += p * (log_guided - base[k])
             if score > best_score or (score == best_score and tokens[r, k] < tokens[r, best]):
                 best, best_score = k, score
         slot[r], chosen[r] = best, tokens[r, best]
@@ -245,6 +248,7 @@ def tilt_sample(
     seed: Tensor,
     greedy: Tensor,
     present: Collection[Control] | None,
+    statistics: bool = True,
     lengths: bool = True,
     into: DrawBuffers | None = None,
 ) -> TiltSample:
@@ -267,11 +271,19 @@ def tilt_sample(
     per_candidate = (candidates.log_p, candidates.token_ids, candidates.is_stop, scores.z, q)
     per_row = (g.mode, g.control, g.target, g.emitted, g.sharpness, g.bias, seed, greedy)
     found = guide_and_draw(
-        *(v.numpy() for v in per_candidate), kernels, by_row, means.numpy(), decay, *(v.numpy() for v in per_row)
+        *(v.numpy() for v in per_candidate),
+        kernels,
+        by_row,
+        means.numpy(),
+        decay,
+        *(v.numpy() for v in per_row),
+        statistics,
     )
-    out, slot, chosen, statistics, status = map(torch.from_numpy, found)
-    length, value, expected_value, kl = statistics.unbind(0)
-    sample = TiltSample(out, slot, chosen, length if lengths else None, value, expected_value, kl, status)
+    out, slot, chosen, figures, status = map(torch.from_numpy, found)
+    length, value, expected_value, kl = figures.unbind(0)
+    sample = TiltSample(out, slot, chosen, length if lengths else None)
+    if statistics:
+        sample = sample._replace(value=value, expected_value=expected_value, kl=kl, status=status)
     if into is not None and into.logits.dtype == torch.float32 and into.logits.is_contiguous():
         chosen_slots, rows = (_NO_ROWS if t is None else t for t in (into.chosen, into.rows))
         arrays = (into.logits, rows, chosen, slot, chosen_slots, into.pool_rows, into.scratch)
