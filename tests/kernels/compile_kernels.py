@@ -42,10 +42,10 @@ MERGE = {**dict.fromkeys(["PARTIAL", "WEIGHT"], "*fp32"), "OUT": "*bf16"}
 MERGE_SIZES = {"PIECES": 64, "BLOCK_G": attend.HEADS_AT_ONCE, "BLOCK_V": 128}
 PLACE = {
     **dict.fromkeys(["LENGTHS", "START", "POOL_ROWS", "SCRATCH", "POSITIONS", "SEQUENCES", "EMITTED"], "*i64"),
-    **dict.fromkeys(["ADDRESSES", "CHOSEN", "TARGET"], "*i64"),
+    **dict.fromkeys(["ADDRESSES", "CHOSEN", "TARGET", "OWN", "PREFIX", "PLACED_ROWS"], "*i64"),
     **dict.fromkeys(["REQUESTS", "VIRTUAL"], "*i32"),
 }
-PLACE_SIZES = {"BLOCK_K": 16, "BLOCK": place.BLOCK, "KEEP": True}
+PLACE_SIZES = {"BLOCK_K": 16, "BLOCK": place.BLOCK, "TABLES": False, "KEEP": True}
 
 
 def head(weights: str) -> dict[str, str]:
@@ -92,6 +92,7 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = [
     attend_case(24, 64),
     ("attend_prefix: merge", attend.merge_kernel, MERGE, MERGE_SIZES, 4, 1),
     ("place_candidates", place.place_kernel, PLACE, PLACE_SIZES, 4, 1),
+    ("place_candidates, with tables", place.place_kernel, PLACE, {**PLACE_SIZES, "TABLES": True}, 4, 1),
     ("build_candidates: mass", candidates.mass_kernel, MASS, {"CHUNK": candidates.CHUNK, "BLOCK": 1024}, 4, 1),
     ("build_candidates: cut", candidates.cut_kernel, CUT, CUT_SIZES, 4, 1),
     *(
