@@ -1,17 +1,19 @@
 """Answers of a scheduler in this process, by the CPU's path or by a GPU's:
-`python -m tests.sglang.paths BASE LENVM [fused | graphs | host | parts]`.
+`python -m tests.sglang.paths BASE LENVM [fused | graphs | host | parts | triton] [few]`.
 
 With one of these words and TRITON_INTERPRET=1 every kernel of ours runs as on a GPU, in Triton's interpreter: launches,
 buffers and bookkeeping are those of a GPU. `fused` is our own attention; `graphs` replays its forward on the memory of
 CUDA graphs, by running it again; `host` is the host's attention, and `parts` leaves room for so few candidates in its
-forward that the batch takes several. Prints one JSON list of token lists.
+forward that the batch takes several. `triton` is the host's attention with its kernels for a GPU, in the interpreter
+too, for the base model and for all forwards of the value model; that takes so long that it is for `few` answers. Prints
+one JSON list of token lists.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,24 +42,26 @@ STEERED = 7
 """How many of them, from the first."""
 
 
-def answers(engine: InProcess) -> list[list[int]]:
-    """All at once, so that steered, watched and plain rows share batches; then the steered ones alone with each other,
-    and some of them alone."""
+def ask(engine: InProcess, which: Iterable[int], tokens: int = 24) -> list[list[int]]:
+    """Answers of at most so many tokens to some of the requests, all at once."""
     found: dict[str, Any] = {}
 
     def hold(batch: Any) -> None:  # the host drops its requests when they end
         found.update({req.rid: req for req in batch.reqs})
 
-    def ask(which: list[int]) -> list[list[int]]:
-        requests = []
-        for i in which:
-            sampling = {"temperature": 1.0, "sampling_seed": i} if i < STEERED else {"temperature": 0.0}
-            requests.append(engine.request(prompts(len(ASKED), 4)[i], 24, ASKED[i] or None, **sampling))
-            requests[-1].sampling_params.ignore_eos = False
-        engine.run(requests, hold)
-        return [list(found[r.rid].output_ids) for r in requests]
+    requests = []
+    for i in which:
+        sampling = {"temperature": 1.0, "sampling_seed": i} if i < STEERED else {"temperature": 0.0}
+        requests.append(engine.request(prompts(len(ASKED), 4)[i], tokens, ASKED[i] or None, **sampling))
+        requests[-1].sampling_params.ignore_eos = False
+    engine.run(requests, hold)
+    return [list(found[r.rid].output_ids) for r in requests]
 
-    return [answer for which in (range(len(ASKED)), range(STEERED), [0], [5]) for answer in ask(list(which))]
+
+def answers(engine: InProcess) -> list[list[int]]:
+    """All at once, so that steered, watched and plain rows share batches; then the steered ones alone with each other,
+    and some of them alone."""
+    return [answer for which in (range(len(ASKED)), range(STEERED), [0], [5]) for answer in ask(engine, which)]
 
 
 @contextmanager
@@ -81,19 +85,22 @@ def again() -> Iterator[Record]:
 
 def main() -> None:
     quiet()
-    engine = InProcess(Path(sys.argv[1]), Path(sys.argv[2]), ["--max-total-tokens", "4096"], most=16)
-    word = sys.argv[3] if len(sys.argv) > 3 else None
-    if word is not None:
+    base, lenvm, *words = sys.argv[1:]
+    flags = ["--max-total-tokens", "4096"]
+    if "triton" in words:
+        flags += ["--attention-backend", "triton", "--triton-attention-num-kv-splits", "2"]
+    engine = InProcess(Path(base), Path(lenvm), flags, most=16)
+    if set(words) - {"few"}:
         engine.worker.waits_for_nobody = False
-        if word == "parts":
+        if "parts" in words:
             forwards.VIRTUAL_ROWS = 40
         if not engine.worker.reads_base:
-            way = forwards.FusedForward if word in ("fused", "graphs") else forwards.HostForward
+            way = forwards.FusedForward if {"fused", "graphs"} & set(words) else forwards.HostForward
             engine.worker.candidates = way(engine.worker)
-        if word == "graphs":
+        if "graphs" in words:
             engine.worker.candidates.capture(again)
             assert engine.worker.candidates.graphs is not None
-    print(json.dumps(answers(engine)))
+    print(json.dumps(ask(engine, [0, STEERED], 5) if "few" in words else answers(engine)))
 
 
 if __name__ == "__main__":

@@ -41,3 +41,11 @@ def test_the_path_of_a_gpu_gives_the_same_answers(kind: str, tmp_path: Path) -> 
         assert answers(pair / "base", lenvm, "graphs", TRITON_INTERPRET="1") == cpu
         assert answers(pair / "base", lenvm, "host", TRITON_INTERPRET="1") == cpu
         assert answers(pair / "base", lenvm, "parts") == cpu
+
+
+def test_the_hosts_kernels_for_a_gpu_give_the_same_answers(tmp_path: Path) -> None:
+    """Candidates as decode rows of SGLang's Triton attention, whole sequences in its extend kernel."""
+    pair = make_pair(tmp_path, Qwen2Config, Qwen2Config)
+    few = answers(pair / "base", pair / "lenvm", "few")
+    assert [len(answer) for answer in few] == [5, 5]
+    assert answers(pair / "base", pair / "lenvm", "triton", "few", TRITON_INTERPRET="1") == few
