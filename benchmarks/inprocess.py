@@ -9,7 +9,7 @@ import time
 import uuid
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -216,9 +216,24 @@ def stopwatch(function: Callable[..., Any], into: list[float]) -> Callable[..., 
     return timed
 
 
-def forward_names(worker: Any) -> tuple[str, ...]:
-    """The methods of `worker.candidates` that are the value model's forward with its heads."""
-    return ("run", "replay") if hasattr(worker.candidates, "replay") else ("run",)
+def forwards_of(worker: Any) -> list[tuple[Any, str]]:
+    """The methods that are the value model's forward in a decode step, and their owners; an attached head has none."""
+    if worker.reads_base:
+        return []
+    if worker.ahead is not None:
+        return [(worker, "forward")]
+    return [(worker.candidates, name) for name in ("run", "replay") if hasattr(worker.candidates, name)]
+
+
+@contextmanager
+def without_graphs(engine: InProcess) -> Iterator[None]:
+    """The value forward launch by launch."""
+    candidates = getattr(engine.worker, "candidates", None)
+    if getattr(candidates, "graphs", None) is None:
+        yield
+    else:
+        with engine.replaced(candidates, "graphs", None):
+            yield
 
 
 def measure(
@@ -245,9 +260,8 @@ def measure(
             ask(None, at_step=partial(next_step, sums=(alone,)))
         with ExitStack() as stack:
             stack.enter_context(engine.replaced(model, forward, stopwatch(getattr(model, forward), base)))
-            for name in forward_names(worker):
-                timed = stopwatch(getattr(worker.candidates, name), value)
-                stack.enter_context(engine.replaced(worker.candidates, name, timed))
+            for owner, name in forwards_of(worker):
+                stack.enter_context(engine.replaced(owner, name, stopwatch(getattr(owner, name), value)))
             ask(fields, at_step=next_step)
         out.alone.extend(alone[4:])
         out.base.extend(base[4:])
@@ -296,7 +310,7 @@ def overhead(
     with (
         engine.replaced(engine.runner, "decode_cuda_graph_runner", None),
         engine.replaced(model, "forward", base_forward),
-        engine.replaced(worker.candidates, "graphs", None) if "replay" in forward_names(worker) else nullcontext(),
+        without_graphs(engine),
         engine.replaced(worker, "forward", forward),
         engine.replaced(value, "scores", scores),
     ):

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import Table
-from benchmarks.inprocess import InProcess, forward_names, quiet
+from benchmarks.inprocess import InProcess, forwards_of, quiet, without_graphs
 from benchmarks.pairs import make_pair
 
 FIELDS = {
@@ -155,14 +155,12 @@ def recording(engine: InProcess) -> Iterator[Recorder]:
             stack.enter_context(engine.replaced(steering, name, recorder.wrapped(getattr(steering, name), "ours")))
         sampler = engine.runner.sampler
         stack.enter_context(engine.replaced(sampler, "forward", recorder.wrapped(sampler.forward, "sampler")))
-        if worker.ahead is None:
-            tokens = {"run": lambda batch, *_: batch.input_ids, "replay": lambda *given: given[2]}
-            for name in forward_names(worker):
-                one = recorder.wrapped(getattr(worker.candidates, name), "value", "forwards", tokens[name])
-                stack.enter_context(engine.replaced(worker.candidates, name, one))
-        elif not worker.reads_base:  # an attached head has no model of its own
-            one = recorder.wrapped(worker.forward, "value", "forwards", lambda batch, *_: batch.input_ids)
-            stack.enter_context(engine.replaced(worker, "forward", one))
+        tokens = {"replay": lambda *given: given[2]}
+        for owner, name in forwards_of(worker):
+            one = recorder.wrapped(
+                getattr(owner, name), "value", "forwards", tokens.get(name, lambda batch, *_: batch.input_ids)
+            )
+            stack.enter_context(engine.replaced(owner, name, one))
         for module, name in (
             (forwards, "place_candidates"),
             (attention, "attend_prefix"),
@@ -225,9 +223,9 @@ def count(engine: InProcess, rows: int, context: int, kind: str) -> tuple[Record
 
 
 def answers(engine: InProcess, kind: str) -> list[list[int]]:
-    """Greedy answers to prompts of several lengths."""
+    """Greedy answers to prompts of several lengths, as many as a graph has rows."""
     g = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(2, engine.vocabulary, (n,), generator=g).tolist() for n in (3, 17, 9)]
+    prompts = [torch.randint(2, engine.vocabulary, (n,), generator=g).tolist() for n in (3, 17, 9, 5)]
     requests = [engine.request(p, 8, FIELDS[kind], temperature=0.0) for p in prompts]
     found: dict[str, Any] = {}
     # the host drops its requests when they end, so hold them
@@ -299,12 +297,13 @@ def main(arguments: list[str] | None = None) -> None:
                 for kind in ("posterior",) if options.dry or options.pair else FIELDS:
                     report(table, engine, "ours", kind, batch, context, options.candidates)
         if torch.cuda.is_available():
-            graphs = engine.worker.candidates.graphs
-            with engine.replaced(engine.worker.candidates, "graphs", None):
-                without = [answers(engine, kind) for kind in FIELDS]
-            if without != [answers(engine, kind) for kind in FIELDS]:
-                raise SystemExit("value_step: CUDA graphs give different tokens.")
-            print(f"{0 if graphs is None else len(graphs)} CUDA graphs of the value forward; same tokens without them")
+            if not options.pair:
+                with without_graphs(engine):
+                    without = [answers(engine, kind) for kind in FIELDS]
+                graphs = engine.worker.candidates.graphs
+                if graphs is None or without != [answers(engine, kind) for kind in FIELDS]:
+                    raise SystemExit("value_step: no CUDA graphs, or they give different tokens; see the log.")
+                print(f"{len(graphs)} CUDA graphs of the value forward; same tokens without them")
         elif not options.pair:
             said = [answers(engine, kind) for kind in FIELDS]
             from lenvm_sglang.forwards import FusedForward

@@ -58,11 +58,18 @@ class CandidateBackend(ABC):
         self.req_to_token_pool = request_pool
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True,
-                **_: Any) -> Tensor:  # fmt: skip
+                **given: Any) -> Tensor:  # fmt: skip
         """Called by the host's attention layer; q, k, v are flat, [N, heads * D]. `save_kv_cache` is False where the
-        host's fused kernels have written them already."""
+        host's fused kernels have written them already.
+
+        Raises:
+            NotImplementedError: a model whose attention has more to it, such as sinks.
+        """
         from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
+        unknown = sorted(name for name, value in given.items() if value is not None)
+        if unknown:
+            raise NotImplementedError(f"attention with {', '.join(unknown)}")
         pool = self.token_to_kv_pool
         if save_kv_cache:
             key = k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim)

@@ -81,6 +81,7 @@ class DecodeBatch:
         batch = self._batch
         batch.batch_size = len(input_ids)
         batch.input_ids, batch.positions, batch.seq_lens, batch.out_cache_loc = input_ids, positions, lengths, slots
-        batch.req_pool_indices = slots  # overwritten where a backend reads it
+        batch.req_pool_indices = slots  # overwritten where a backend reads it, as what follows
+        batch.seq_lens_cpu = batch.seq_lens_sum = None
         batch.mrope_positions = None if rotary is None else rotary.expand(3, -1)
         return batch

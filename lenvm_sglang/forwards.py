@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from lenvm.guidance import Scores
 from lenvm_kernels import CandidateRows, Keep, RequestTables, extent, keep_chosen, place_candidates
 from lenvm_sglang.attention import FusedPrefixBackend, SharedPrefixBackend
 from lenvm_sglang.batches import DecodeBatch
-from lenvm_sglang.graphs import Fixed, ForwardGraphs, Graph, Record, cuda_recorder, row_buckets
+from lenvm_sglang.graphs import Bucket, Fixed, ForwardGraphs, Graph, Record, buckets, cuda_recorder, make_graphs
 from lenvm_sglang.rows import LengthRows, Place
 from lenvm_sglang.versions import bind_slots
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PREFIX = 7
+"""Tokens of the longest prefix that a forward is tried on before anything is served."""
 VIRTUAL_ROWS = 1024
 """Most candidate rows of one forward where the host's attention needs a request table for them (its size is this many
 times the context length)."""
@@ -61,13 +63,21 @@ class CandidateForward(ABC):
 
     @abstractmethod
     def score(self, batch: Any, place: Place, candidates: Candidates, value: bool) -> Scores:
-        """Scores [R, K']; zeros in slots that were not fed, and z = 0 where it was not wanted.
+        """Scores [R, K']; zeros in slots that were not fed. z is not to be read where it was not wanted.
 
         Args:
             batch: the host's forward batch.
             place: R rows of it.
             candidates: [R, K'] with K' <= K.
             value: whether z is wanted.
+        """
+
+    @abstractmethod
+    def probe(self) -> None:
+        """Before anything is served: score one candidate behind a short prefix.
+
+        Raises:
+            Exception: this way cannot score candidates here.
         """
 
     def run(self, batch: Any, shape: tuple[int, ...], value: bool = True) -> Scores:
@@ -82,6 +92,13 @@ class GatheredForward(CandidateForward):
     def __init__(self, worker: ValueWorker) -> None:
         super().__init__(worker)
         self.backend = SharedPrefixBackend(worker.pool, worker.base.req_to_token_pool, worker.runner.dtype)
+
+    def probe(self) -> None:
+        """As in the base class."""
+        own, zero = self.worker.places.scratch[:1, :1], torch.zeros(1, dtype=torch.int64)
+        where = self.backend.prepare(zero, zero + 1, 1, own)
+        rotary = where.positions if self.worker.sees_images else None
+        self.run(self.batch.fill(zero, where.positions, where.lengths, own.flatten(), rotary), (1, 1))
 
     def score(self, batch: Any, place: Place, candidates: Candidates, value: bool) -> Scores:
         """As in the base class."""
@@ -134,15 +151,16 @@ class PlacedForward(CandidateForward):
     def _place(self, batch: Any, place: Place, width: int, keep: Keep | None) -> Placed:
         """Put `width` candidates of each row into their places; first give the last chosen ones their slots."""
 
-    def _fits(self, place: Place) -> bool:
+    def _fits(self, place: Place, width: int) -> bool:
         return True
 
     def follow(self, batch: Any, rows: LengthRows, place: Place, keep: Keep) -> None:
         """As in the base class."""
         self._placed = None
         alike = len(set(rows.steered)) == 1  # otherwise steered and watched rows are scored apart
-        if alike and self._fits(place):
-            self._placed = self._place(batch, place, place.width if rows.steered[0] else 1, keep)
+        width = place.width if rows.steered[0] else 1
+        if alike and self._fits(place, width):
+            self._placed = self._place(batch, place, width, keep)
         else:
             keep_chosen(keep, place.slots)
 
@@ -155,7 +173,7 @@ class PlacedForward(CandidateForward):
 
     def _take(self, batch: Any, place: Place, width: int) -> Placed:
         """What `follow` placed, once; placed now if it was something else."""
-        placed, self._placed = self._placed, None  # the batch is not kept beyond its step
+        placed, self._placed = self._placed, None
         if placed is None or placed.batch is not batch or placed.place is not place or placed.width != width:
             return self._place(batch, place, width, None)
         return placed
@@ -179,8 +197,11 @@ class HostForward(PlacedForward):
         runner.init_attention_backends()
         self.backend, self.slots = runner.attn_backend, runner.kv_index_translator
 
-    def _fits(self, place: Place) -> bool:
-        return place.scratch.numel() <= VIRTUAL_ROWS
+    def probe(self) -> None:
+        """What the host's own attention can do is known: nothing is tried."""
+
+    def _fits(self, place: Place, width: int) -> bool:
+        return len(place.states) * width <= VIRTUAL_ROWS
 
     def _place(self, batch: Any, place: Place, width: int, keep: Keep | None) -> Placed:
         longest = int(self.worker.host_lengths(batch, place).numpy().max())
@@ -224,7 +245,7 @@ class HostForward(PlacedForward):
 
 
 class FusedForward(PlacedForward):
-    """Our own attention, and one CUDA graph a bucket once `capture` has made them. The host is not asked for lengths.
+    """Our own attention, and CUDA graphs once `capture` has made them. The host is not asked for lengths.
 
     Attributes:
         graphs: of the forward; None runs it launch by launch.
@@ -269,26 +290,64 @@ class FusedForward(PlacedForward):
         batch = self.batch.fill(fixed.token_ids, placed.positions, placed.lengths, placed.own, fixed.rotary)
         return self.run(batch, tuple(self.backend.rows.own.shape), value)
 
-    def capture(self, recorder: Callable[[], AbstractContextManager[Record]] = cuda_recorder) -> None:
-        """Make the graphs, and compare each with the forward it was made of. Where that fails, the log says so, and the
-        forward runs without graphs, slower and right."""
-        rows, widths = row_buckets(self.worker.request_rows), self.worker.widths
-        try:
-            with recorder() as record:
-                self.graphs = ForwardGraphs(self._probe, rows, widths, record)
-        except Exception as error:  # whatever a driver raises
-            logger.warning(
-                "lenvm: no CUDA graphs of the value model (%s: %s); its forward runs without them, slower and with the "
-                "same answers. Please report this.", type(error).__name__, error, exc_info=error,
-            )  # fmt: skip
-            return
-        logger.info("lenvm: %d CUDA graphs of the value model: rows %s, candidates %s", len(self.graphs), rows, widths)
+    def probe(self) -> None:
+        """As in the base class; the launch that also keeps KV is compiled too."""
+        with self._made_up_prefixes():
+            one = self._bucket(1, 1)
+            keep = Keep(self.worker.kv, self.worker.chosen, self.worker.places.scratch[:1, 0])
+            keep_chosen(keep, torch.zeros_like(one.fixed.placed.pool_rows))
+            one.forward()
 
-    def _probe(self, rows: int, width: int) -> tuple[Fixed, Callable[[], Scores]]:
-        """Memory of a bucket, filled with candidates behind short prefixes, and the forward on it."""
-        table, scratch = self.worker.base.req_to_token_pool.req_to_token, self.worker.places.scratch
+    def capture(self, recorder: Callable[[], AbstractContextManager[Record]] = cuda_recorder) -> None:
+        """Make the graphs. Where some cannot be made, the log says why, and batches of their size run without."""
+        wanted = buckets(self.worker.request_rows, self.worker.widths)
+        failed: dict[tuple[int, int], Exception] = {}
+        try:
+            with self._made_up_prefixes():
+                self.graphs, failed = make_graphs(self._bucket, wanted, recorder)
+        except Exception as of_all:  # of the recorder itself
+            failed = dict.fromkeys(wanted, of_all)
+        if failed:
+            error = next(iter(failed.values()))
+            logger.warning(
+                "lenvm: %d of %d CUDA graphs of the value model could not be made (%s: %s); batches of their size run "
+                "without, which is slower. Please report this.",
+                len(failed), len(wanted), type(error).__name__, error, exc_info=error,
+            )  # fmt: skip
+        logger.info("lenvm: %d CUDA graphs of the value model", len(wanted) - len(failed))
+
+    def _bucket(self, rows: int, width: int) -> Bucket:
+        table = self.worker.base.req_to_token_pool.req_to_token
         fixed = Fixed.empty(rows, width, self.worker.sees_images, table.device)
-        n = torch.arange(rows, device=table.device)
-        place_candidates(n % 7 + 1, n * 0, n, scratch[:rows, :width], into=fixed.placed)
-        fixed.token_ids.copy_(torch.arange(rows * width) % self.worker.vocabulary)
-        return fixed, lambda: self._forward(fixed)
+        self._fill(fixed, rows, width, 0)
+        return Bucket(fixed, lambda: self._forward(fixed), lambda: self._fill(fixed, max(rows - 1, 1), width, 1))
+
+    def _fill(self, fixed: Fixed, rows: int, width: int, turn: int) -> None:
+        """Candidates behind short prefixes, others in each turn."""
+        scratch = self.worker.places.scratch
+        n = torch.arange(rows, device=scratch.device)
+        pool_rows = n.flip(0) if turn else n
+        lengths = n * (3 + 2 * turn) % _PREFIX + 1
+        place_candidates(lengths, n * 0, pool_rows, scratch[pool_rows, :width], into=fixed.placed)
+        ids = torch.arange(len(fixed.token_ids), device=scratch.device)
+        fixed.token_ids.copy_((ids * (1 + 6 * turn) + turn) % self.worker.vocabulary)
+        if fixed.rotary is not None:
+            fixed.rotary.copy_(fixed.placed.positions + turn)
+
+    @contextmanager
+    def _made_up_prefixes(self) -> Iterator[None]:
+        """Before anything is served: prefixes of tokens with random KV in the request table, taken away afterwards."""
+        table, pool = self.worker.base.req_to_token_pool.req_to_token, self.worker.pool
+        caches = [*pool.k_buffer, *pool.v_buffer]
+        slots = min(64, self.worker.base.token_to_kv_pool.size)
+        before = table[:, :_PREFIX].clone(), [cache[:slots].clone() for cache in caches]
+        every = torch.arange(before[0].numel(), device=table.device).view_as(before[0])
+        table[:, :_PREFIX] = (every * 5 % (slots - 1) + 1).to(table.dtype)
+        for cache in caches:
+            cache[:slots].normal_()
+        try:
+            yield
+        finally:
+            table[:, :_PREFIX] = before[0]
+            for cache, was in zip(caches, before[1], strict=True):
+                cache[:slots] = was

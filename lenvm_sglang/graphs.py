@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,8 @@ Recorded = tuple[Callable[[], object], Scores]
 Record = Callable[[Callable[[], Scores]], Recorded]
 
 MOST_ROWS = 128
-"""Rows of the largest graph; a larger batch is bound by its arithmetic and runs without one."""
+MOST_CANDIDATES = 2048
+"""Of the largest graph; a larger batch is bound by its arithmetic and runs without one."""
 _TOLERANCE = 1e-2
 """Of z and log-probabilities of half precision forwards. A graph that runs the same kernels differs by nothing."""
 
@@ -78,6 +79,11 @@ def width_buckets(most: int) -> list[int]:
     return [4**i for i in range(8) if 4**i < most] + [most]
 
 
+def buckets(most_rows: int, widths: Sequence[int]) -> list[tuple[int, int]]:
+    """(rows, candidates a row) of the graphs."""
+    return [(n, w) for n in row_buckets(most_rows) for w in widths if n * w <= MOST_CANDIDATES]
+
+
 def bucket(size: int, buckets: Sequence[int]) -> int | None:
     """The smallest of the ascending `buckets` that holds `size`; None if none does."""
     at = bisect_left(buckets, size)
@@ -85,52 +91,79 @@ def bucket(size: int, buckets: Sequence[int]) -> int | None:
 
 
 class ForwardGraphs:
-    """Graphs of one forward, by bucket.
+    """Graphs of one forward.
 
     Args:
-        make: gives a bucket's memory, filled with something that can be computed, and the forward on it.
-        rows, widths: the buckets, ascending.
-        record: makes a graph of a forward (`cuda_recorder`).
-
-    Raises:
-        GraphError: a graph's scores are not those of the forward.
+        graphs: by bucket, (rows, candidates a row).
     """
 
-    def __init__(
-        self,
-        make: Callable[[int, int], tuple[Fixed, Callable[[], Scores]]],
-        rows: Sequence[int],
-        widths: Sequence[int],
-        record: Record,
-    ) -> None:
-        self.rows = rows
-        self._graphs: dict[tuple[int, int], Graph] = {}
-        # the largest first, so that smaller ones find room in the memory that it took
-        for count in reversed(rows):
-            for width in reversed(widths):
-                fixed, forward = make(count, width)
-                replay, scores = record(forward)
-                graph = Graph(fixed, replay, scores)
-                _check(graph, forward)
-                self._graphs[count, width] = graph
+    def __init__(self, graphs: dict[tuple[int, int], Graph]) -> None:
+        self._graphs = graphs
+        self._rows = {width: sorted(r for r, w in graphs if w == width) for _, width in graphs}
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def find(self, rows: int, width: int) -> Graph | None:
-        """The graph for so many rows, or more, of `width` candidates each."""
-        count = bucket(rows, self.rows)
-        return None if count is None else self._graphs.get((count, width))
+        """The smallest graph for so many rows of `width` candidates each."""
+        count = bucket(rows, self._rows.get(width, ()))
+        return None if count is None else self._graphs[count, width]
 
 
-def _check(graph: Graph, forward: Callable[[], Scores]) -> None:
-    graph.replay()
-    wanted = forward()
-    for a, b in ((graph.scores.z, wanted.z), (graph.scores.length_log_q, wanted.length_log_q)):
-        if a is None or b is None:
-            continue
-        if not torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
-            rows, width = graph.scores.z.shape
+class Bucket(NamedTuple):
+    """A forward that is to become a graph.
+
+    Attributes:
+        fixed: the memory that it reads, filled with something that can be computed.
+        forward: does it on that memory.
+        change: fills the memory with something else, and fewer rows.
+    """
+
+    fixed: Fixed
+    forward: Callable[[], Scores]
+    change: Callable[[], None]
+
+
+def make_graphs(
+    make: Callable[[int, int], Bucket],
+    buckets: Iterable[tuple[int, int]],
+    recorder: Callable[[], AbstractContextManager[Record]],
+) -> tuple[ForwardGraphs, dict[tuple[int, int], Exception]]:
+    """A graph of each bucket, compared with its forward on input that it was not recorded with.
+
+    Args:
+        make: a bucket's memory and forward.
+        buckets: (rows, candidates a row).
+        recorder: makes a graph of a forward.
+
+    Returns:
+        The graphs, and what kept the others from being made: whatever a driver raises, or a GraphError.
+    """
+    made: dict[tuple[int, int], tuple[Graph, Bucket]] = {}
+    failed: dict[tuple[int, int], Exception] = {}
+    with recorder() as record:
+        # the largest first, so that smaller ones find room in the memory that it took
+        for size in sorted(buckets, key=lambda s: s[0] * s[1], reverse=True):
+            try:
+                one = make(*size)
+                made[size] = Graph(one.fixed, *record(one.forward)), one
+            except Exception as error:
+                failed[size] = error
+    # what a host does at the end of its recording is done, and each has seen what the others did to their memory
+    for size, (graph, one) in made.items():
+        try:
+            one.change()
+            graph.replay()
+            _compare(graph.scores, one.forward())
+        except Exception as error:
+            failed[size] = error
+    return ForwardGraphs({size: graph for size, (graph, _) in made.items() if size not in failed}), failed
+
+
+def _compare(found: Scores, wanted: Scores) -> None:
+    for a, b in ((found.z, wanted.z), (found.length_log_q, wanted.length_log_q)):
+        if a is not None and b is not None and not torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE):
+            rows, width = found.z.shape
             worst = float((a - b).abs().max())
             raise GraphError(f"the graph of {rows} x {width} candidates differs from its forward by {worst:.3g}")
 

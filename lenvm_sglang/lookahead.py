@@ -81,7 +81,7 @@ class LookaheadWorker(ValueWorker):
         self.tokens: Any = SharedPrefixBackend(*pools, self.runner.dtype) if native else self.sequences
         self.batch = DecodeBatch()
 
-    def capture(self) -> None:
+    def warm_up(self) -> None:
         """There is no forward over candidates."""
 
     def follow(self, batch: Any, rows: LengthRows, output: Any) -> Read | None:
@@ -182,7 +182,7 @@ class AttachedWorker:
     def build_backends(self) -> None:
         """There is no forward of ours."""
 
-    def capture(self) -> None:
+    def warm_up(self) -> None:
         """There is no forward of ours."""
 
     def follow(self, batch: Any, rows: LengthRows, output: Any) -> Read | None:

@@ -327,10 +327,10 @@ def build_backends(result: None, self: Any) -> None:
         )
 
 
-def capture_graphs(result: None, self: Any) -> None:
-    """AFTER Scheduler.init_all_cuda_graphs: ours."""
+def warm_up(result: None, self: Any) -> None:
+    """AFTER Scheduler.init_all_cuda_graphs: the candidates' forward, and its own."""
     if process.worker is not None:
-        process.worker.capture()
+        process.worker.warm_up()
 
 
 def output_streamer_class(result: type, self: Any) -> type | None:
@@ -558,7 +558,7 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
     (_POOL + "calculate_pool_sizes", "AROUND", leave_scratch),
     (_SCHEDULER + "init_memory_pools", "AFTER", allocate_pools),
     (_SCHEDULER + "init_all_attention_backends", "AFTER", build_backends),
-    (_SCHEDULER + "init_all_cuda_graphs", "AFTER", capture_graphs),
+    (_SCHEDULER + "init_all_cuda_graphs", "AFTER", warm_up),
     (_SCHEDULER + "get_output_streamer_class", "AFTER", output_streamer_class),
     (_SCHEDULER + "get_init_info", "AFTER", init_info),
     (_DATA_PARALLEL + "get_init_info", "AFTER", data_parallel_info),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from lenvm.candidates import Candidates
 from lenvm.format import LenvmConfig, read_lenvm_config
 from lenvm.guidance import Scores
-from lenvm_kernels import DrawBuffers, Keep, SlotBuffers
+from lenvm_kernels import DrawBuffers, Keep, SlotBuffers, uses_triton
 from lenvm_sglang.batches import select_rows
 from lenvm_sglang.forwards import CandidateForward, FusedForward, GatheredForward, HostForward
 from lenvm_sglang.graphs import width_buckets
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HALVES = (torch.bfloat16, torch.float16)
+MOST_FEATURES = 128
+"""Features of a head whose tiles fit into the shared memory of every GPU that our attention is compiled for."""
 MOST_REQUESTS = 4096
 """The host's own upper bound of running requests where none is set: what scratch is budgeted for before it is known."""
 
@@ -170,20 +172,36 @@ class ValueWorker:
 
     def build_forward(self) -> None:
         """Choose the way in which candidates are scored here."""
-        plain = plain_attention(self.runner.model)
+        config, plain = self.runner.model_config, plain_attention(self.runner.model)
         halves = self.base.kv_cache_dtype == self.runner.dtype and self.runner.dtype in HALVES
-        if plain and self.runner.decode_attention_backend_str == "torch_native":
+        narrow = max(config.head_dim, config.v_head_dim) <= MOST_FEATURES
+        if plain and self.waits_for_nobody and self.runner.decode_attention_backend_str == "torch_native":
             self.candidates: CandidateForward = GatheredForward(self)
-        elif plain and halves and not self.waits_for_nobody:
+        elif plain and halves and narrow and uses_triton(self.pool.k_buffer[0]):
             self.candidates = FusedForward(self)
         else:
             self.candidates = HostForward(self)
 
-    def capture(self) -> None:
-        """Once the host has made its own CUDA graphs: those of the candidates' forward."""
-        graphs = self.base.decode_cuda_graph_runner not in (None, self.base.eager_runner)
-        if graphs and isinstance(self.candidates, FusedForward):
-            self.candidates.capture()
+    def warm_up(self) -> None:
+        """Once the host has made its own CUDA graphs: try the candidates' forward, and make those of it."""
+        from sglang.srt.runtime_context import get_parallel
+
+        try:
+            self.candidates.probe()
+        except Exception as error:  # whatever a kernel raises on a device that it was not tried on
+            logger.warning(
+                "lenvm: the host's attention scores the candidates, which is slower, because our own raised %s: %s. "
+                "Please report this.", type(error).__name__, error, exc_info=error,
+            )  # fmt: skip
+            self.candidates = HostForward(self)
+        if not isinstance(self.candidates, FusedForward):
+            return
+        if self.base.decode_cuda_graph_runner in (None, self.base.eager_runner):
+            return
+        if get_parallel().tp_size > 1:
+            logger.info("lenvm: no CUDA graphs of the value model under tensor parallelism yet.")
+            return
+        self.candidates.capture()
 
     # ----- forwards -------------------------------------------------------------------------------------------------
 
@@ -267,15 +285,13 @@ class ValueWorker:
         """Hidden states [N, H] of a batch of the host's, or of ours, under an attention backend."""
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-        with forward_context(ForwardContext(attn_backend=backend)), self._own_embeddings():
+        own = self._own_embeddings() if self.sees_images and batch.forward_mode.is_extend() else nullcontext()
+        with forward_context(ForwardContext(attn_backend=backend)), own:
             return self.runner.model.forward(batch.input_ids, batch.positions, batch)
 
     @contextmanager
     def _own_embeddings(self) -> Iterator[None]:
         """The host's cache of image embeddings, which knows an image by its hash alone, is ours meanwhile."""
-        if not self.sees_images:
-            yield
-            return
         from sglang.srt.managers import mm_schedule
         from sglang.srt.mem_cache.multimodal_cache import MultiModalStaticCache
 
@@ -352,10 +368,16 @@ def refuse_pages(page_size: int, backends: tuple[str, str]) -> None:
 
 
 def plain_attention(model: torch.nn.Module) -> bool:
-    """Whether every attention layer is full, causal and uncapped, which is what `SharedPrefixBackend` computes."""
+    """Whether every attention layer is full, causal, uncapped and at one temperature, which is what the backends of
+    `lenvm_sglang.attention` compute. What a model says only when it calls them, they refuse there."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     layers = [m for m in model.modules() if isinstance(m, RadixAttention)]
     return bool(layers) and not any(
-        layer.is_cross_attention or layer.logit_cap or (layer.sliding_window_size or -1) > -1 for layer in layers
+        layer.is_cross_attention
+        or layer.logit_cap
+        or (layer.sliding_window_size or -1) > -1
+        or layer.use_irope
+        or layer.xai_temperature_len > 0
+        for layer in layers
     )

@@ -18,8 +18,6 @@ from torch import Tensor
 from lenvm_kernels.buffers import SharedRows
 from lenvm_kernels.fused.common import NEG_INF
 
-BLOCK_N = 64
-"""Tokens of the prefix that a program holds at a time."""
 MOST_PIECES = 64
 PROGRAMS_PER_UNIT = 2
 """Programs for each multiprocessor that pieces are cut for."""
@@ -29,7 +27,7 @@ STAGES = 2
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["COUNT"])  # it changes from step to step
 def prefix_kernel(
     QUERY, KEYS, VALUES, POOL_ROWS, LENGTHS, OWN, REQUESTS, OUT, PARTIAL, WEIGHT,
     query_row, query_head, key_slot, key_head, value_slot, value_head, own_row, requests_row, scale,
@@ -100,7 +98,7 @@ def prefix_kernel(
             tl.store(PARTIAL + place[:, None] * DV + dv[None, :], found, mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["COUNT"])
 def merge_kernel(
     PARTIAL, WEIGHT, OUT, HEADS, DV, COUNT,
     PIECES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -143,9 +141,15 @@ def block_m(pairs: int) -> int:
     return min(128, max(16, triton.next_power_of_2(pairs)))
 
 
+def block_n(parts: int) -> int:
+    """Tokens of the prefix that a program holds at a time; one that goes through all of it needs its registers for the
+    end."""
+    return 32 if parts == 1 else 64
+
+
 def warps(block: int) -> int:
-    """Warps of a program of `block_m` pairs."""
-    return 8 if block == 128 else 4
+    """Warps of a program of `block_m` pairs, so many that nothing spills."""
+    return 4 if block == 16 else 8
 
 
 def attend_prefix(
@@ -182,7 +186,7 @@ def attend_prefix(
         query.stride(0), query.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1),
         rows.own.stride(0), rows.requests.stride(0), scaling * LOG2_E,
         slots, group, heads, width, value_width, count,
-        BLOCK_M=block, BLOCK_N=BLOCK_N, BLOCK_D=max(16, triton.next_power_of_2(width)), BLOCK_V=block_v,
+        BLOCK_M=block, BLOCK_N=block_n(parts), BLOCK_D=max(16, triton.next_power_of_2(width)), BLOCK_V=block_v,
         PIECES=parts, UPCAST=INTERPRETED, num_warps=warps(block), num_stages=STAGES,
     )  # fmt: skip
     if parts > 1:

@@ -18,7 +18,7 @@ BLOCK = 1024
 """Slots, or bytes, of a piece."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS", "PARTS"])  # they change from step to step
 def place_kernel(
     LENGTHS, START, POOL_ROWS, SCRATCH, REQUESTS, VIRTUAL, ADDRESSES, CHOSEN, TARGET,
     POSITIONS, SEQUENCES, OWN, PREFIX, PLACED_ROWS, EMITTED,

@@ -78,7 +78,7 @@ def attend_case(pairs: int, cut: int) -> tuple[str, Any, dict[str, str], dict[st
         **dict.fromkeys(["own_row", "D", "DV"], "i32"),
     }
     block = attend.block_m(pairs)
-    sizes = {"BLOCK_M": block, "BLOCK_N": attend.BLOCK_N, "BLOCK_D": 128, "BLOCK_V": 128}
+    sizes = {"BLOCK_M": block, "BLOCK_N": attend.block_n(cut), "BLOCK_D": 128, "BLOCK_V": 128}
     constants = {**sizes, "PIECES": cut, "UPCAST": False}
     name = f"attend_prefix, {pairs} pairs, {cut} pieces"
     return name, attend.prefix_kernel, pointers, constants, attend.warps(block), attend.STAGES
@@ -88,8 +88,7 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = [
     tilt_case(16, True),
     tilt_case(64, True),
     tilt_case(16, False),
-    attend_case(96, 4),
-    attend_case(24, 64),
+    *(attend_case(pairs, cut) for pairs in (6, 24, 64, 96) for cut in (1, 4)),
     ("attend_prefix: merge", attend.merge_kernel, MERGE, MERGE_SIZES, 4, 1),
     ("place_candidates", place.place_kernel, PLACE, PLACE_SIZES, 4, 1),
     ("place_candidates, with tables", place.place_kernel, PLACE, {**PLACE_SIZES, "TABLES": True}, 4, 1),
@@ -122,7 +121,6 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = [
 
 SHORT = [CASES[0], *CASES[3:]]
 """For the other generations: the shapes that serve."""
-CASES.append(attend_case(96, 1))
 
 
 def compile_case(

@@ -1,12 +1,12 @@
 """Answers of a scheduler in this process, by the CPU's path or by a GPU's:
-`python -m tests.sglang.paths BASE LENVM [fused | graphs | host | parts | triton] [few]`.
+`python -m tests.sglang.paths BASE LENVM [fused | graphs | host | parts | triton] [few] [images]`.
 
 With one of these words and TRITON_INTERPRET=1 every kernel of ours runs as on a GPU, in Triton's interpreter: launches,
 buffers and bookkeeping are those of a GPU. `fused` is our own attention; `graphs` replays its forward on the memory of
 CUDA graphs, by running it again; `host` is the host's attention, and `parts` leaves room for so few candidates in its
 forward that the batch takes several. `triton` is the host's attention with its kernels for a GPU, in the interpreter
-too, for the base model and for all forwards of the value model; that takes so long that it is for `few` answers. Prints
-one JSON list of token lists.
+too, for the base model and for all forwards of the value model; that takes so long that it is for `few` answers, and
+`images` is for models that could read some. Prints one JSON list of token lists.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.inprocess import InProcess, quiet
 from lenvm.guidance import Scores
 from lenvm_sglang import forwards
-from lenvm_sglang.graphs import Record, Recorded
+from lenvm_sglang.graphs import Record, Recorded, buckets
 from tests.kernels.checks import quick
 from tests.sglang.models import prompts
 
@@ -89,8 +90,10 @@ def main() -> None:
     flags = ["--max-total-tokens", "4096"]
     if "triton" in words:
         flags += ["--attention-backend", "triton", "--triton-attention-num-kv-splits", "2"]
+    if "images" in words:
+        flags += ["--mm-attention-backend", "sdpa"]
     engine = InProcess(Path(base), Path(lenvm), flags, most=16)
-    if set(words) - {"few"}:
+    if set(words) - {"few", "images"}:
         engine.worker.waits_for_nobody = False
         if "parts" in words:
             forwards.VIRTUAL_ROWS = 40
@@ -98,8 +101,11 @@ def main() -> None:
             way = forwards.FusedForward if {"fused", "graphs"} & set(words) else forwards.HostForward
             engine.worker.candidates = way(engine.worker)
         if "graphs" in words:
-            engine.worker.candidates.capture(again)
-            assert engine.worker.candidates.graphs is not None
+            # a server makes its graphs before it makes this
+            with mock.patch("sglang.srt.managers.mm_schedule.embedding_cache", None):
+                engine.worker.candidates.capture(again)
+            rows, widths = engine.worker.request_rows, engine.worker.widths
+            assert len(engine.worker.candidates.graphs) == len(buckets(rows, widths))
     print(json.dumps(ask(engine, [0, STEERED], 5) if "few" in words else answers(engine)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,20 @@ from hypothesis import strategies as st
 from lenvm.guidance import Scores
 from lenvm.request import LengthRequest
 from lenvm_sglang.forwards import FusedForward
-from lenvm_sglang.graphs import MOST_ROWS, Fixed, ForwardGraphs, GraphError, Record, bucket, row_buckets, width_buckets
+from lenvm_sglang.graphs import (
+    MOST_CANDIDATES,
+    MOST_ROWS,
+    Bucket,
+    Fixed,
+    GraphError,
+    Record,
+    Recorded,
+    bucket,
+    buckets,
+    make_graphs,
+    row_buckets,
+    width_buckets,
+)
 from lenvm_sglang.rows import LengthRows, Place
 from lenvm_sglang.scope import Scope, ThinkTags
 from lenvm_sglang.state import RequestState, RowTable
@@ -29,31 +42,42 @@ CPU = torch.device("cpu")
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_a_bucket_is_the_smallest_that_fits(most: int, size: int) -> None:
-    for buckets, limit in ((row_buckets(most), min(most, MOST_ROWS)), (width_buckets(most), most)):
-        assert buckets == sorted(set(buckets))
-        assert (buckets[0], buckets[-1]) == (1, limit)
-        found = bucket(size, buckets)
+    for sizes, limit in ((row_buckets(most), min(most, MOST_ROWS)), (width_buckets(most), most)):
+        assert sizes == sorted(set(sizes))
+        assert (sizes[0], sizes[-1]) == (1, limit)
+        found = bucket(size, sizes)
         assert (found is None) == (size > limit)
         if found is not None:
             assert found >= size
-            assert not any(size <= b < found for b in buckets)
+            assert not any(size <= b < found for b in sizes)
 
 
 def test_few_rows_are_computed_for_nobody() -> None:
-    buckets = row_buckets(MOST_ROWS)
-    assert all((bucket(n, buckets) or 0) - n < max(8, n / 4) for n in range(1, MOST_ROWS + 1))
+    sizes = row_buckets(MOST_ROWS)
+    assert all((bucket(n, sizes) or 0) - n < max(8, n / 4) for n in range(1, MOST_ROWS + 1))
 
 
-def make(rows: int, width: int) -> tuple[Fixed, Callable[[], Scores]]:
+def test_no_graph_is_larger_than_what_pays() -> None:
+    found = buckets(4096, width_buckets(128))
+    assert max(rows * width for rows, width in found) == MOST_CANDIDATES
+    assert (MOST_ROWS, 16) in found
+    assert (MOST_ROWS, 64) not in found
+
+
+def make(rows: int, width: int) -> Bucket:
     """A forward whose scores are its tokens."""
     fixed = Fixed.empty(rows, width, False, CPU)
-    return fixed, lambda: Scores(fixed.token_ids.view(rows, width).float() * 2, None)
+
+    def change() -> None:
+        fixed.token_ids.add_(3)
+
+    return Bucket(fixed, lambda: Scores(fixed.token_ids.view(rows, width).float() * 2, None), change)
 
 
 def test_a_graph_is_found_by_its_bucket_and_reads_its_memory() -> None:
-    with again() as record:
-        graphs = ForwardGraphs(make, [1, 4], [1, 3], record)
+    graphs, failed = make_graphs(make, [(1, 1), (4, 1), (1, 3), (4, 3)], again)
     assert len(graphs) == 4
+    assert not failed
     graph = graphs.find(2, 3)
     assert graph is not None
     graph.fixed.token_ids[:6] = torch.arange(6)
@@ -64,14 +88,27 @@ def test_a_graph_is_found_by_its_bucket_and_reads_its_memory() -> None:
 
 
 @contextmanager
-def stale() -> Iterator[Record]:
-    """A graph that does nothing when it is replayed."""
-    yield lambda forward: (lambda: None, Scores(forward().z + 1.0, None))
+def frozen() -> Iterator[Record]:
+    """Graphs into which their input was baked when they were recorded."""
+
+    def record(forward: Callable[[], Scores]) -> Recorded:
+        scores = Scores(forward().z.clone(), None)
+        return (lambda: None), scores
+
+    yield record
 
 
-def test_a_graph_that_says_something_else_is_an_error() -> None:
-    with stale() as record, pytest.raises(GraphError, match="2 x 3 candidates differs from its forward by 1"):
-        ForwardGraphs(make, [2], [3], record)
+@contextmanager
+def no_room() -> Iterator[Record]:
+    """There is memory for small graphs only."""
+
+    def record(forward: Callable[[], Scores]) -> Recorded:
+        if forward().z.numel() > 3:
+            raise MemoryError("out of memory")
+        with again() as one:
+            return one(forward)
+
+    yield record
 
 
 @contextmanager
@@ -80,21 +117,59 @@ def broken() -> Iterator[Record]:
     yield
 
 
-@pytest.mark.parametrize(("recorder", "says"), [(stale, "differs from its forward"), (broken, "is capturing")])
-def test_where_no_graph_can_be_made_the_log_says_so(
-    recorder: Any, says: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_graph_that_says_something_else_is_left_out() -> None:
+    graphs, failed = make_graphs(make, [(2, 3)], frozen)
+    assert len(graphs) == 0
+    assert isinstance(failed[2, 3], GraphError)
+    assert "2 x 3 candidates differs from its forward by 6" in str(failed[2, 3])
+
+
+def test_a_batch_whose_graph_is_missing_takes_a_larger_one_or_none() -> None:
+    graphs, failed = make_graphs(make, [(1, 3), (2, 3), (3, 1)], no_room)
+    assert set(failed) == {(2, 3)}
+    assert graphs.find(1, 3) is not None
+    assert graphs.find(2, 3) is None
+    larger = graphs.find(2, 1)
+    assert larger is not None
+    assert larger.scores.z.shape == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("recorder", "says", "left"),
+    [(frozen, "differs from its forward", 0), (broken, "is capturing", 0), (no_room, "out of memory", 3)],
+)
+def test_what_graphs_cannot_be_made_the_log_says(
+    recorder: Any, says: str, left: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(FusedForward, "_probe", lambda self, rows, width: make(rows, width))
-    pool = SimpleNamespace(req_to_token=torch.zeros(3, 9, dtype=torch.int32))
+    monkeypatch.setattr(FusedForward, "_bucket", lambda self, rows, width: make(rows, width))
+    monkeypatch.setattr(FusedForward, "_made_up_prefixes", lambda self: nullcontext())
     worker: Any = SimpleNamespace(
-        pool=None, base=SimpleNamespace(req_to_token_pool=pool), request_rows=2, widths=[1, 3]
+        pool=None, base=SimpleNamespace(req_to_token_pool=None), request_rows=2, widths=[1, 3]
     )
     forward = FusedForward(worker)
     with caplog.at_level(logging.WARNING, logger="lenvm_sglang"):
         forward.capture(recorder)
-    assert forward.graphs is None
-    assert "no CUDA graphs of the value model" in caplog.text
+    assert (0 if forward.graphs is None else len(forward.graphs)) == left
+    assert f"{4 - left} of 4 CUDA graphs of the value model could not be made" in caplog.text
     assert says in caplog.text
+
+
+def test_a_forward_that_raises_leaves_the_candidates_to_the_host(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lenvm_sglang import worker as module
+
+    class Unfit:
+        def probe(self) -> None:
+            raise NotImplementedError("attention with sinks")
+
+    monkeypatch.setattr(module, "HostForward", lambda worker: "the host's")
+    worker = object.__new__(module.ValueWorker)
+    worker.candidates = Unfit()  # type: ignore[assignment]
+    with caplog.at_level(logging.WARNING, logger="lenvm_sglang"):
+        worker.warm_up()
+    assert worker.candidates == "the host's"  # type: ignore[comparison-overlap]
+    assert "NotImplementedError: attention with sinks" in caplog.text
 
 
 def place_of(*states: RequestState) -> Place:
