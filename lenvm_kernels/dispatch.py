@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def build_candidates(
     max_candidates: int,
     guidance: GuidanceRows | None = None,
     reach: int | None = None,
+    into: Tensor | None = None,
 ) -> Candidates:
     """Cut the candidate sets of R rows; `lenvm.candidates.build_candidates` says what a candidate is.
 
@@ -78,6 +80,7 @@ def build_candidates(
         guidance: what the rows ask for; their `length_strict` bounds ban or force stop tokens (`strict_bounds`).
             None: no bounds.
         reach: how many of the most probable tokens must be ordered, at least the largest top_k that is on.
+        into: [R, min(K, V)] int64, contiguous, where the token ids are to be written.
 
     Returns:
         Candidates of shape [R, min(K, V)].
@@ -87,13 +90,15 @@ def build_candidates(
         from lenvm_kernels.fused import candidates as fused
 
         assert reach is not None
-        return fused.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
+        return fused.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach, into)
     if uses_numba(logits) and covered:
         from lenvm_kernels.compiled import candidates as compiled
 
         assert reach is not None
-        return compiled.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
-    return reference.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
+        found = compiled.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
+    else:
+        found = reference.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
+    return found if into is None else replace(found, token_ids=into.copy_(found.token_ids))
 
 
 def extent(candidates: Candidates) -> tuple[int, int]:

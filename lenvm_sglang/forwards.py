@@ -61,6 +61,11 @@ class CandidateForward(ABC):
         """[R] tokens that the rows' targets have counted before this step's."""
         return place.emitted(batch)
 
+    def token_ids(self, batch: Any, place: Place) -> Tensor | None:
+        """[R, K'] int64 memory for the ids of the step's candidates, from where the forward reads them; None where it
+        does not care."""
+        return None
+
     @abstractmethod
     def score(self, batch: Any, place: Place, candidates: Candidates, value: bool) -> Scores:
         """Scores [R, K']; zeros in slots that were not fed. z is not to be read where it was not wanted.
@@ -141,6 +146,10 @@ class Placed(NamedTuple):
     rows: CandidateRows
     graph: Graph | None = None
 
+    def of(self, batch: Any, place: Place, width: int) -> bool:
+        """Whether these are `width` candidates in each row of `place` in this step."""
+        return self.batch is batch and self.place is place and self.width == width
+
 
 class PlacedForward(CandidateForward):
     """Candidates are placed in the launch that keeps the last ones' KV, if all rows of the step are scored together."""
@@ -174,7 +183,7 @@ class PlacedForward(CandidateForward):
     def _take(self, batch: Any, place: Place, width: int) -> Placed:
         """What `follow` placed, once; placed now if it was something else."""
         placed, self._placed = self._placed, None
-        if placed is None or placed.batch is not batch or placed.place is not place or placed.width != width:
+        if placed is None or not placed.of(batch, place, width):
             return self._place(batch, place, width, None)
         return placed
 
@@ -273,10 +282,18 @@ class FusedForward(PlacedForward):
             return self._forward(Fixed(placed.rows, token_ids, rotary), value)
         return self.replay(placed.graph, place, token_ids, width)
 
+    def token_ids(self, batch: Any, place: Place) -> Tensor | None:
+        """As in the base class."""
+        placed, rows = self._placed, len(place.states)
+        if placed is None or placed.graph is None or not placed.of(batch, place, place.width):
+            return None
+        return placed.graph.fixed.token_ids[: rows * place.width].view(rows, place.width)
+
     def replay(self, graph: Graph, place: Place, token_ids: Tensor, width: int) -> Scores:
         """Scores [R, K] of the candidates `token_ids` [R * K], whose places are in the graph's memory."""
         rows = len(token_ids) // width
-        graph.fixed.token_ids[: len(token_ids)].copy_(token_ids)
+        if token_ids.data_ptr() != graph.fixed.token_ids.data_ptr():
+            graph.fixed.token_ids[: len(token_ids)].copy_(token_ids)
         rotary = self.worker.rotary(place, graph.fixed.placed.positions[: len(token_ids)], width)
         if rotary is not None and graph.fixed.rotary is not None:
             graph.fixed.rotary[: len(token_ids)].copy_(rotary)

@@ -116,6 +116,10 @@ class LookaheadWorker(ValueWorker):
             self.tokens.init_forward_metadata(token)
         return self.forward(token, self.tokens)
 
+    def token_ids(self, batch: Any, place: Place) -> Tensor | None:
+        """Any memory will do for the ids of the step's candidates."""
+        return None
+
     def emitted(self, batch: Any, place: Place) -> Tensor:
         """[R] tokens that the rows' targets have counted before this step's."""
         return place.emitted(batch)
@@ -221,6 +225,10 @@ class AttachedWorker:
         """Scores of the states after each candidate, [R, K], from the base's states before them."""
         self.scored_rows += len(place.slots)
         return self.ahead.scores(place.slots, candidates, value)
+
+    def token_ids(self, batch: Any, place: Place) -> Tensor | None:
+        """Any memory will do for the ids of the step's candidates."""
+        return None
 
     def emitted(self, batch: Any, place: Place) -> Tensor:
         """[R] tokens that the rows' targets have counted before this step's."""

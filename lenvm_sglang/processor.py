@@ -187,6 +187,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             place.width,
             guidance if place.strict else None,
             place.reach,
+            worker.token_ids(batch, place),
         )
         candidates = self._fewer(candidates, parameters, guidance)
         thinking, scored = any(state.think_end >= 0 for state in rows.states), candidates

@@ -233,6 +233,10 @@ class ValueWorker:
         """[R] tokens that the rows' targets have counted before this step's."""
         return self.candidates.emitted(batch, place)
 
+    def token_ids(self, batch: Any, place: Place) -> Tensor | None:
+        """[R, K'] int64 memory for the ids of the step's candidates; None where any will do."""
+        return self.candidates.token_ids(batch, place)
+
     def host_lengths(self, batch: Any, place: Place) -> Tensor:
         """[R] at least as many tokens as each row has read: the host's mirror of the sequence lengths, or, where it
         keeps none, all that a sequence may have."""

@@ -185,6 +185,7 @@ def build_candidates(
     max_candidates: int,
     guidance: GuidanceRows | None,
     reach: int,
+    into: Tensor | None,
 ) -> Candidates:
     """Launch; arguments as in `lenvm_kernels.dispatch.build_candidates`."""
     logits, stops = rowwise(logits), rowwise(stop_token_ids)
@@ -205,7 +206,7 @@ def build_candidates(
             logits, temperature, stops, mass, logits.stride(0), temperature.stride(0), stops.stride(0),
             vocabulary, stop_count, parts, CHUNK=CHUNK, BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    token_ids = torch.empty(rows, width, dtype=torch.int64, device=device)
+    token_ids = torch.empty(rows, width, dtype=torch.int64, device=device) if into is None else into
     log_p = torch.empty(rows, width, dtype=torch.float32, device=device)
     is_stop = torch.empty(rows, width, dtype=torch.uint8, device=device)
     filters = (temperature, sampling.top_k, sampling.top_p, sampling.min_p)
