@@ -339,8 +339,8 @@ class FusedForward(PlacedForward):
         self._fill(fixed, rows, width, 0)
         return Bucket(fixed, lambda: self._forward(fixed), lambda: self._fill(fixed, max(rows - 1, 1), width, 1))
 
-    def _fill(self, fixed: Fixed, rows: int, width: int, turn: int) -> None:
-        """Candidates behind short prefixes, others in each turn."""
+    def _fill(self, fixed: Fixed, rows: int, width: int, turn: int) -> int:
+        """Candidates behind short prefixes in so many rows, others in each turn; gives the number of rows."""
         scratch = self.worker.places.scratch
         n = torch.arange(rows, device=scratch.device)
         pool_rows = n.flip(0) if turn else n
@@ -350,6 +350,7 @@ class FusedForward(PlacedForward):
         fixed.token_ids.copy_((ids * (1 + 6 * turn) + turn) % self.worker.vocabulary)
         if fixed.rotary is not None:
             fixed.rotary.copy_(fixed.placed.positions + turn)
+        return rows
 
     @contextmanager
     def _made_up_prefixes(self) -> Iterator[None]:
