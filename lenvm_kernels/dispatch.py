@@ -35,6 +35,8 @@ MAX_STOPS = 32
 """Most stop tokens of a row; the candidate kernel compares every token it reads with each of them."""
 MAX_BINS = 128
 """Most bins of a length distribution that `lookahead_scores` holds in registers."""
+MAX_FEATURES = 128
+"""Most features of a head for `attend_prefix`: its tiles fit into the shared memory of every GPU since sm_80."""
 MAX_CANDIDATES = 128
 """Most candidates of a row that `tilt_sample` holds in registers."""
 
@@ -160,7 +162,8 @@ def attend_prefix(query: Tensor, rows: SharedRows, k_cache: Tensor, v_cache: Ten
 
     Keys and values of a prefix are read once for all its candidates; sums are float32. How a prefix is cut into pieces
     depends on R, so the last bits of a row's result depend on its batch, as those of the forward's matrix products do.
-    The reference, which goes from candidate to candidate, is taken for float32 on a GPU.
+    The reference, which goes from candidate to candidate, is taken for float32 on a GPU, and for heads of more than
+    `MAX_FEATURES`.
 
     Args:
         query: [R * K, Hq, D], adjacent in D; float32, bfloat16 or float16.
@@ -172,7 +175,8 @@ def attend_prefix(query: Tensor, rows: SharedRows, k_cache: Tensor, v_cache: Ten
     Returns:
         [R * K, Hq, Dv] of the queries' dtype.
     """
-    if uses_triton(query) and (INTERPRETED or query.dtype in HALVES):
+    narrow = max(query.shape[2], v_cache.shape[2]) <= MAX_FEATURES
+    if uses_triton(query) and narrow and (INTERPRETED or query.dtype in HALVES):
         from lenvm_kernels.fused import attend as fused
 
         return fused.attend_prefix(query, rows, k_cache, v_cache, scaling)

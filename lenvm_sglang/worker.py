@@ -26,6 +26,7 @@ from lenvm.candidates import Candidates
 from lenvm.format import LenvmConfig, read_lenvm_config
 from lenvm.guidance import Scores
 from lenvm_kernels import DrawBuffers, Keep, SlotBuffers, uses_triton
+from lenvm_kernels.dispatch import HALVES, MAX_FEATURES
 from lenvm_sglang.batches import select_rows
 from lenvm_sglang.forwards import CandidateForward, FusedForward, GatheredForward, HostForward
 from lenvm_sglang.graphs import width_buckets
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HALVES = (torch.bfloat16, torch.float16)
-MOST_FEATURES = 128
-"""Features of a head whose tiles fit into the shared memory of every GPU that our attention is compiled for."""
 MOST_REQUESTS = 4096
 """The host's own upper bound of running requests where none is set: what scratch is budgeted for before it is known."""
 
@@ -174,7 +172,7 @@ class ValueWorker:
         """Choose the way in which candidates are scored here."""
         config, plain = self.runner.model_config, plain_attention(self.runner.model)
         halves = self.base.kv_cache_dtype == self.runner.dtype and self.runner.dtype in HALVES
-        narrow = max(config.head_dim, config.v_head_dim) <= MOST_FEATURES
+        narrow = max(config.head_dim, config.v_head_dim) <= MAX_FEATURES
         if plain and self.waits_for_nobody and self.runner.decode_attention_backend_str == "torch_native":
             self.candidates: CandidateForward = GatheredForward(self)
         elif plain and halves and narrow and uses_triton(self.pool.k_buffer[0]):
