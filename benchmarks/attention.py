@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """One layer's attention of K candidates behind a prefix, in the ways there are, at growing contexts.
 
-On a GPU: `ours` (`attend_prefix`), `decode rows` (SGLang's decode kernel, to which K candidates are K sequences),
-`tree` (SGLang's extend kernel under a tree mask) and `cascade` (FlashInfer's two-level cascade, where it is
-installed); floors are each key and value read once (`floor`), and read once for every candidate (`floor of decode
-rows`). `--cpu`: `ours` (torch's attention on gathered keys and values, under a mask) and `decode rows` (SGLang's loop).
-Every way must say what the first says. `--dry` runs the first three in Triton's interpreter in tiny sizes: its times
-mean nothing.
+On a GPU: `ours` (`attend_prefix`), `gathered` (torch's attention on gathered keys and values, under a mask), `decode
+rows` (SGLang's decode kernel, to which K candidates are K sequences), `tree` (SGLang's extend kernel under a tree mask)
+and `cascade` (FlashInfer's two-level cascade), the last three where SGLang and FlashInfer are installed; floors are
+each key and value read once (`floor`), and read once for every candidate (`floor of decode rows`). `--cpu`: `ours`,
+which is `gathered` there, and `decode rows` (SGLang's loop). Every way must say what the first says. `--dry` runs all
+but the cascade on a CPU in tiny sizes, the kernels in Triton's interpreter: its times mean nothing.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Case:
         """By name; `ours` is what the others must agree with."""
         if CPU:
             return {"ours": self.gathered(), "decode rows": self.loop()}
-        found = {"ours": self.shared(), "decode rows": self.decode_rows(), "tree": self.tree()}
+        found = {"ours": self.shared(), "gathered": self.gathered()}
+        if importlib.util.find_spec("sglang") is not None:
+            found |= {"decode rows": self.decode_rows(), "tree": self.tree()}
         if DEVICE == "cuda" and importlib.util.find_spec("flashinfer") is not None:
             found["cascade"] = self.cascade()
         return found
@@ -129,7 +131,7 @@ class Case:
     def gathered(self) -> Callable[[], Tensor]:
         from lenvm_sglang.attention import attend
 
-        masks = PrefixMasks(self.query.dtype)
+        masks = PrefixMasks(self.query.dtype, DEVICE)
         layout = share_prefix(self.lengths, self.pool_rows, self.own, self.table, self.context, masks)
         return lambda: attend(self.query, layout, self.k, self.v, self.scaling)
 
