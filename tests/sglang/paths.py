@@ -100,6 +100,7 @@ def main() -> None:
         if not engine.worker.reads_base:
             way = forwards.FusedForward if {"fused", "graphs"} & set(words) else forwards.HostForward
             engine.worker.candidates = way(engine.worker)
+            engine.worker.candidates.probe()
         if "graphs" in words:
             # a server makes its graphs before it makes this
             with mock.patch("sglang.srt.managers.mm_schedule.embedding_cache", None):
