@@ -46,6 +46,11 @@ def attend(query: Tensor, layout: PrefixRows, k_cache: Tensor, v_cache: Tensor, 
     return out.transpose(1, 2).reshape(rows * width, query.shape[1], -1)
 
 
+class AttentionError(RuntimeError):
+    """A model whose attention is another than the backends here compute. It is tried before anything is served
+    (`ValueWorker.warm_up`), and the host's attention then takes its place."""
+
+
 class CandidateBackend(ABC):
     """An attention backend for candidate forwards, in the shape that SGLang's RadixAttention calls.
 
@@ -63,13 +68,16 @@ class CandidateBackend(ABC):
         host's fused kernels have written them already.
 
         Raises:
-            NotImplementedError: a model whose attention has more to it, such as sinks.
+            AttentionError: a model whose attention has more to it, such as sinks.
         """
         from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
         unknown = sorted(name for name, value in given.items() if value is not None)
         if unknown:
-            raise NotImplementedError(f"attention with {', '.join(unknown)}")
+            raise AttentionError(
+                f"candidates are scored with plain attention, and the value model asks for {', '.join(unknown)} too; "
+                "serve one on a backbone with plain attention"
+            )
         pool = self.token_to_kv_pool
         if save_kv_cache:
             key = k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lenvm.guidance import Scores
 from lenvm.request import LengthRequest
+from lenvm_sglang.attention import AttentionError
 from lenvm_sglang.forwards import FusedForward
 from lenvm_sglang.graphs import (
     MOST_CANDIDATES,
@@ -184,7 +185,7 @@ def test_a_forward_that_raises_leaves_the_candidates_to_the_host(
 
     class Unfit:
         def probe(self) -> None:
-            raise NotImplementedError("attention with sinks")
+            raise AttentionError("the model asks for sinks too")
 
     monkeypatch.setattr(module, "HostForward", lambda worker: "the host's")
     worker = object.__new__(module.ValueWorker)
@@ -192,7 +193,7 @@ def test_a_forward_that_raises_leaves_the_candidates_to_the_host(
     with caplog.at_level(logging.WARNING, logger="lenvm_sglang"):
         worker.warm_up()
     assert worker.candidates == "the host's"  # type: ignore[comparison-overlap]
-    assert "NotImplementedError: attention with sinks" in caplog.text
+    assert "AttentionError: the model asks for sinks too" in caplog.text
 
 
 def place_of(*states: RequestState) -> Place:

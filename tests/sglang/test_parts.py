@@ -16,7 +16,7 @@ from lenvm.guidance import Control, Mode
 from lenvm.request import LengthFieldError, LengthRequest
 from lenvm_kernels import PrefixMasks, share_prefix
 from lenvm_sglang.admission import admit, draw_seed, number_samples, state_of
-from lenvm_sglang.attention import SharedPrefixBackend, attend
+from lenvm_sglang.attention import AttentionError, SharedPrefixBackend, attend
 from lenvm_sglang.batches import select_rows
 from lenvm_sglang.middleware import CHAT, COMPLETIONS, GENERATE, LengthFieldsMiddleware, annotate, lift_fields
 from lenvm_sglang.outputs import HostLengthOutput
@@ -99,6 +99,9 @@ def test_feeding_some_candidates_gives_them_what_feeding_all_does() -> None:
     backend.prepare(*where, own.masked_fill(absent.view(rows, width), 0), fed)
     some = backend.forward(q[fed], k[fed], v[fed], layer, SimpleNamespace(out_cache_loc=slots[fed]))
     torch.testing.assert_close(some, everything[fed], rtol=1e-5, atol=1e-6)
+    with pytest.raises(AttentionError, match="asks for sinks too"):
+        backend.forward(q, k, v, layer, SimpleNamespace(out_cache_loc=slots), sinks=torch.zeros(heads), k_rope=None)
+    assert len(written) == 2
     assert written[1][0].tolist() == slots[fed].tolist()
     assert torch.equal(written[1][1].flatten(1), k[fed])
 

@@ -23,6 +23,7 @@ from lenvm_kernels import (
 from tests.kernels.checks import quick, rows
 
 assert quick
+CPU = torch.device("cpu")
 POOL, CONTEXT, SLOTS, WIDTH = 9, 2600, 400, 5
 
 
@@ -40,59 +41,64 @@ class Pools:
         self.chosen = self.scratch[:, 3].clone()
 
 
+def placed_twice(
+    lengths: torch.Tensor,
+    start: torch.Tensor,
+    pool_rows: torch.Tensor,
+    target: torch.Tensor | None,
+    longest: int = 0,
+    room: int | None = None,
+) -> tuple[Pools, Pools, CandidateRows]:
+    """Candidates placed by the kernel and by the reference, which agree in what they return and in the KV.
+
+    Args:
+        lengths, start, pool_rows: of the rows.
+        target: where the last choices' KV goes; None: it is left.
+        longest: with request tables, if it is not 0.
+        room: rows of the memory that is written, full of something else; None: new memory.
+    """
+    ours, theirs = Pools(), Pools()
+    found, wanted = (
+        place(
+            lengths,
+            start,
+            pool_rows,
+            pools.scratch[pool_rows, :WIDTH],
+            RequestTables(pools.requests, pools.virtual) if longest else None,
+            longest,
+            None if target is None else Keep(pools.kv, pools.chosen, target),
+            None if room is None else CandidateRows(*(t.fill_(99) for t in CandidateRows.empty(room, WIDTH, CPU))),
+        )
+        for place, pools in ((place_candidates, ours), (reference.place_candidates, theirs))
+    )
+    for a, b in zip((*found, *ours.kv.buffers), (*wanted, *theirs.kv.buffers), strict=True):
+        assert torch.equal(a, b)
+    return ours, theirs, found
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("kept", [True, False])
 def test_candidates_are_placed_and_the_last_choice_is_kept(dtype: torch.dtype, kept: bool) -> None:
     lengths = torch.tensor([1, 1023, 1024, 2599, 40], dtype=dtype)
     pool_rows, start = torch.tensor([4, 0, 8, 2, 5]), torch.tensor([1, 1000, 0, 2600, 7])
     target = torch.tensor([0, 17, 3, 5, 100], dtype=dtype)
-    ours, theirs = Pools(), Pools()
-    found, wanted = (
-        place(
-            lengths,
-            start,
-            pool_rows,
-            pools.scratch[pool_rows, :WIDTH],
-            RequestTables(pools.requests, pools.virtual),
-            2599,
-            Keep(pools.kv, pools.chosen, target) if kept else None,
-            None,
-        )
-        for place, pools in ((place_candidates, ours), (reference.place_candidates, theirs))
-    )
-    for a, b in zip(found, wanted, strict=True):
-        assert torch.equal(a, b)
+    ours, theirs, found = placed_twice(lengths, start, pool_rows, target if kept else None, longest=2599)
     assert torch.equal(found.own.view(5, WIDTH), ours.scratch[pool_rows, :WIDTH])
     assert torch.equal(found.prefix, lengths.long())
     for row, length in enumerate(found.lengths.tolist()):
         assert torch.equal(ours.virtual[row, :length], theirs.virtual[row, :length])
     assert (ours.virtual[len(lengths) * WIDTH :] == -1).all()
-    for a, b, fresh in zip(ours.kv.buffers, theirs.kv.buffers, Pools().kv.buffers, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a[target.long()], fresh[ours.chosen[pool_rows]] if kept else fresh[target.long()])
+    for buffer, fresh in zip(ours.kv.buffers, Pools().kv.buffers, strict=True):
+        source = ours.chosen[pool_rows] if kept else target.long()
+        assert torch.equal(buffer[target.long()], fresh[source])
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_candidates_are_placed_in_the_memory_of_a_graph(kept: bool) -> None:
     """Rows behind those given stand for nobody, whatever stood there; no request table is wanted."""
     lengths, pool_rows, start = torch.tensor([7, 2599, 30]), torch.tensor([4, 0, 8]), torch.tensor([1, 1000, 0])
-    target = torch.tensor([3, 17, 5])
-    ours, theirs = Pools(), Pools()
-    found, wanted = (
-        place(
-            lengths,
-            start,
-            pool_rows,
-            pools.scratch[pool_rows, :WIDTH],
-            None,
-            0,
-            Keep(pools.kv, pools.chosen, target) if kept else None,
-            CandidateRows(*(t.fill_(99) for t in CandidateRows.empty(5, WIDTH, lengths.device))),
-        )
-        for place, pools in ((place_candidates, ours), (reference.place_candidates, theirs))
-    )
-    for a, b in zip((*found, *ours.kv.buffers), (*wanted, *theirs.kv.buffers), strict=True):
-        assert torch.equal(a, b)
+    target = torch.tensor([3, 17, 5]) if kept else None
+    _, _, found = placed_twice(lengths, start, pool_rows, target, room=5)
     assert found.prefix.tolist() == [7, 2599, 30, 0, 0]
     assert found.pool_rows.tolist() == [4, 0, 8, 0, 0]
     assert found.emitted.tolist() == [6, 1599, 30, 0, 0]
