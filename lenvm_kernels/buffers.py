@@ -101,8 +101,10 @@ class PrefixMasks:
 
     def view(self, rows: int, width: int, longest: int) -> Tensor:
         """[rows, 1, width, width + longest] of it: every candidate sees itself and its prefix."""
-        widest = self.mask.shape[1]
-        return self.mask[:rows, None, widest - width :, widest - width : widest + longest]
+        row, line, _ = self.mask.stride()
+        begin = self.mask.shape[1] - width
+        # at once, because this is done at every step: mask[:rows, None, begin:, begin : begin + width + longest]
+        return self.mask.as_strided((rows, 1, width, width + longest), (row, line, line, 1), begin * (line + 1))
 
 
 class PrefixRows(NamedTuple):
@@ -171,14 +173,14 @@ class DrawBuffers(NamedTuple):
     """Where the outcome of a draw goes.
 
     Attributes:
-        logits: [B, V] of a batch; a row drawn becomes one-hot: 0 at its token, -inf elsewhere.
+        logits: [B, V] of a batch; a row drawn becomes one-hot: 0 at its token, -inf elsewhere. None: not wanted.
         rows: [R] int64 the batch rows drawn; None: all, in order.
         chosen: [P] int64, by row of the host's request pool, the KV slot of the candidate drawn; None: not wanted.
         pool_rows: [R] int64 rows of `chosen`.
         scratch: [R, >= K] int64 KV slots of the candidates.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     rows: Tensor | None
     chosen: Tensor | None
     pool_rows: Tensor

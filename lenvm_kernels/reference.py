@@ -161,7 +161,9 @@ def write_draw(into: DrawBuffers | None, sample: TiltSample) -> None:
     """Make the rows one-hot in their tokens, and note the slots of the candidates drawn."""
     if into is None:
         return
-    if into.rows is None:
+    if into.logits is None:
+        pass
+    elif into.rows is None:
         into.logits.fill_(-torch.inf).scatter_(1, sample.token_id[:, None], 0.0)
     else:
         into.logits.index_fill_(0, into.rows, -torch.inf)

@@ -115,7 +115,7 @@ class GatheredForward(CandidateForward):
             kept[:, 0] = True  # a row without a candidate is fed one all the same
             fed = kept.flatten().nonzero()[:, 0]
             own = own.masked_fill(~kept, 0)
-        longest = int(self.worker.host_lengths(batch, place).numpy().max())
+        longest = max(self.worker.host_lengths(batch, place).tolist())
         where = self.backend.prepare(place.slots, place.take(batch.seq_lens), longest, own, fed)
         given: Any = tokens, where.positions, where.lengths, slots, self.worker.rotary(place, where.positions, width)
         if fed is None:
@@ -213,7 +213,7 @@ class HostForward(PlacedForward):
         return len(place.states) * width <= VIRTUAL_ROWS
 
     def _place(self, batch: Any, place: Place, width: int, keep: Keep | None) -> Placed:
-        longest = int(self.worker.host_lengths(batch, place).numpy().max())
+        longest = max(self.worker.host_lengths(batch, place).tolist())
         here = place.take(batch.seq_lens), place.parameters.start, place.slots, place.scratch[:, :width]
         return Placed(batch, place, width, place_candidates(*here, self.tables, longest, keep))
 
@@ -230,7 +230,7 @@ class HostForward(PlacedForward):
         lengths = place.take(batch.seq_lens)
         for part in (slice(i, i + step) for i in range(0, rows, step)):
             here = lengths[part], start[part], place.slots[part], place.scratch[part, :width]
-            found = place_candidates(*here, self.tables, int(mirror[part].numpy().max()))
+            found = place_candidates(*here, self.tables, max(mirror[part].tolist()))
             parts.append(self._score(place, part, found, mirror[part], token_ids[part], value))
         log_q = [p.length_log_q for p in parts if p.length_log_q is not None]
         return Scores(torch.cat([p.z for p in parts]), torch.cat(log_q) if log_q else None)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lenvm_sglang.processor import LengthValueLogitProcessor, SamplingStep
+from lenvm_sglang.processor import Drawn, LengthValueLogitProcessor, SamplingStep
 from lenvm_sglang.rows import LengthRows
 from lenvm_sglang.state import RequestState
 
@@ -47,22 +47,18 @@ def follow(processor: LengthValueLogitProcessor, batch: Any, rows: LengthRows, o
 
 def steer(step: SamplingStep) -> Failed:
     """`LengthValueLogitProcessor.steer`: rows for which it raised keep the host's logits."""
-    done: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    done: list[Drawn] = []
 
     def act(part: LengthRows) -> None:
         step.steered = part
-        step.processor.steer(step)
-        assert step.index is not None
-        done.append((step.index, step.base_logprobs))
+        done.append(step.processor.steer(step))
 
     if step.steered is None:
         return []
     failed = one_by_one(step.steered, act)
     step.steered = None
     if done:
-        step.index = torch.cat([index for index, _ in done])
-        logprobs = [rows for _, rows in done if rows is not None]
-        step.base_logprobs = torch.cat(logprobs) if logprobs else None
+        step.drawn = done[0] if len(done) == 1 else Drawn.of(done)
     return failed
 
 

@@ -105,7 +105,7 @@ class LookaheadWorker(ValueWorker):
         rotary = self.rotary(place, before, 1)
         token = self.batch.fill(place.take(batch.input_ids), before, lengths, new, rotary)
         if isinstance(self.tokens, SharedPrefixBackend):
-            longest = int(self.host_lengths(batch, place).numpy().max())
+            longest = max(self.host_lengths(batch, place).tolist())
             self.tokens.prepare(slots, before, longest, new[:, None])
         else:
             token.req_pool_indices = slots
@@ -130,7 +130,7 @@ class LookaheadWorker(ValueWorker):
         self.scored_rows += len(place.slots)
         return self.ahead.scores(place.slots, candidates, value)
 
-    def draw_buffers(self, place: Place, logits: Tensor) -> DrawBuffers:
+    def draw_buffers(self, place: Place, logits: Tensor | None) -> DrawBuffers:
         """Where a draw of the rows goes: their logits [B, V]. The next `follow` reads the token itself."""
         return super().draw_buffers(place, logits)._replace(chosen=None)
 
@@ -234,7 +234,7 @@ class AttachedWorker:
         """[R] tokens that the rows' targets have counted before this step's."""
         return place.emitted(batch)
 
-    def draw_buffers(self, place: Place, logits: Tensor) -> DrawBuffers:
+    def draw_buffers(self, place: Place, logits: Tensor | None) -> DrawBuffers:
         """Where a draw of the rows goes: their logits [B, V]."""
         return DrawBuffers(logits, None if place.whole else place.index, None, place.slots, place.scratch)
 

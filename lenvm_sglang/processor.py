@@ -7,10 +7,11 @@ and random numbers cannot act on it a second time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
@@ -39,6 +40,27 @@ BY_VALUE = frozenset({Control.HARD, Control.SOFT, Control.BIAS})
 """Controls that read z; the posterior reads the length distribution."""
 
 
+class Drawn(NamedTuple):
+    """What was drawn in R steered rows.
+
+    Attributes:
+        rows: [R] int64 batch positions.
+        token_ids: [R] int64.
+        base_logprobs: [R, V] float32 of the base model in these rows; None if the host does not return any.
+    """
+
+    rows: Tensor
+    token_ids: Tensor
+    base_logprobs: Tensor | None
+
+    @classmethod
+    def of(cls, parts: Sequence[Drawn]) -> Drawn:
+        """All rows of the parts."""
+        rows, token_ids = (torch.cat(tensors) for tensors in ([p.rows for p in parts], [p.token_ids for p in parts]))
+        logprobs = [part.base_logprobs for part in parts if part.base_logprobs is not None]
+        return cls(rows, token_ids, torch.cat(logprobs) if logprobs else None)
+
+
 @dataclass
 class SamplingStep:
     """One call of the host's sampler over a batch with length fields.
@@ -51,8 +73,8 @@ class SamplingStep:
         logits: the very tensor the host samples from; the host also preprocesses copies, which are left alone.
         wants_logprobs: the host will return log-probabilities,
         scale_logprobs: at the request's temperature rather than at 1.
-        index: [R] int64 batch positions of the steered rows, on the device.
-        base_logprobs: [R, V] float32 of the base model in these rows, if `wants_logprobs`.
+        one_hot: the rows drawn are made one-hot, because the host's sampler goes on from there.
+        drawn: in the steered rows, once they are.
         outputs: predicted lengths for the host.
     """
 
@@ -63,9 +85,26 @@ class SamplingStep:
     logits: Tensor
     wants_logprobs: bool
     scale_logprobs: bool
-    index: Tensor | None = None
-    base_logprobs: Tensor | None = None
+    one_hot: bool = True
+    drawn: Drawn | None = None
     outputs: list[LengthOutput | FallbackOutput] = field(default_factory=list)
+
+    @property
+    def all_steered(self) -> bool:
+        """A token is drawn here for every row of the batch."""
+        return self.steered is not None and len(self.steered.index) == len(self.logits)
+
+    @property
+    def all_drawn(self) -> bool:
+        """It has been."""
+        return self.drawn is not None and len(self.drawn.rows) == len(self.logits)
+
+    def write_drawn(self) -> None:
+        """Make the rows drawn one-hot, after all."""
+        if self.drawn is not None:
+            self.logits.index_fill_(0, self.drawn.rows, -torch.inf)
+            self.logits[self.drawn.rows, self.drawn.token_ids] = 0.0
+        self.one_hot = True
 
 
 class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
@@ -154,32 +193,32 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
         return SamplingStep(
             processor=self,
             batch=batch,
-            steered=rows.drawing(steered=True),
-            watched=rows.drawing(steered=False),
+            steered=rows.steering,
+            watched=rows.watching,
             logits=logits,
             wants_logprobs=batch.return_logprob,
             scale_logprobs=scale_logprobs,
         )
 
-    def steer(self, step: SamplingStep) -> None:
-        """Cut, score, guide and draw; make the steered rows of `step.logits` one-hot in place.
+    def steer(self, step: SamplingStep) -> Drawn:
+        """Cut, score, guide and draw the steered rows; make them one-hot in `step.logits` if that is wanted.
 
         Called between the host's last change of the logits and its sampler. Does not wait for a CUDA device.
         """
-        if step.steered is not None:
-            with self._timed("choose"):
-                self._steer(step, step.steered)
+        assert step.steered is not None
+        with self._timed("choose"):
+            return self._steer(step, step.steered)
 
-    def _steer(self, step: SamplingStep, rows: LengthRows) -> None:
+    def _steer(self, step: SamplingStep, rows: LengthRows) -> Drawn:
         worker, batch = self.worker, step.batch
         place = worker.places.find(batch, rows)
         parameters = place.parameters
         guidance = parameters.after(worker.emitted(batch, place))
         logits = place.take(step.logits)
-        step.index = place.index
+        base_logprobs = None
         if step.wants_logprobs:
             temperature = parameters.sampling.temperature[:, None] if step.scale_logprobs else 1.0
-            step.base_logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+            base_logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
         candidates = build_candidates(
             logits,
             parameters.sampling,
@@ -190,7 +229,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             worker.token_ids(batch, place),
         )
         candidates = self._fewer(candidates, parameters, guidance)
-        thinking, scored = any(state.think_end >= 0 for state in rows.states), candidates
+        thinking, scored = place.thinking, candidates
         if thinking:
             candidates, scored = probe_end(candidates, parameters.think_end)
         elif worker.waits_for_nobody:
@@ -217,12 +256,13 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             present,
             statistics=self.metrics is not None,
             lengths=place.reported is not None,
-            into=worker.draw_buffers(place, step.logits),
+            into=worker.draw_buffers(place, step.logits if step.one_hot else None),
         )
         if self.metrics is not None:
             assert sample.status is not None
             step.outputs.append(FallbackOutput(self.metrics, sample.status))
         self._report(step, place, sample.length)
+        return Drawn(place.index, sample.token_id, base_logprobs)
 
     def _fewer(self, candidates: Candidates, parameters: RowParameters, guidance: GuidanceRows) -> Candidates:
         """What the server's settings leave of the candidates where the base model is sure."""

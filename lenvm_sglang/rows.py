@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ _PLACES = 4
 
 @dataclass(frozen=True)
 class LengthRows:
-    """The rows of one batch that carry length fields.
+    """The rows of one batch that carry length fields; for the next decode step too, if nothing changes.
 
     Attributes:
         index: positions in the batch, ascending.
@@ -38,8 +39,21 @@ class LengthRows:
     def __post_init__(self) -> None:
         assert len(self.index) == len(self.states) == len(self.draws) == len(self.steered) > 0
 
-    def drawing(self, steered: bool) -> LengthRows | None:
-        """The rows that draw a token and are (not) steered, but for failed ones; None if there are none."""
+    @cached_property
+    def steering(self) -> LengthRows | None:
+        """The rows whose token is drawn here, but for failed ones; None if there are none."""
+        return self._drawing(steered=True)
+
+    @cached_property
+    def watching(self) -> LengthRows | None:
+        """The rows that draw a token and are not steered, but for failed ones; None if there are none."""
+        return self._drawing(steered=False)
+
+    def anew(self) -> LengthRows:
+        """The same rows, nothing remembered of which of them have failed."""
+        return replace(self)
+
+    def _drawing(self, steered: bool) -> LengthRows | None:
         wanted = [
             draws and is_steered == steered and not state.failed
             for draws, is_steered, state in zip(self.draws, self.steered, self.states, strict=True)
@@ -75,6 +89,7 @@ class Place:
         present: the controls among them.
         strict: one of them has `length_strict`.
         reach: how many of the most probable tokens have to be ordered for them.
+        thinking: the target of one of them counts the thinking.
         reported: those that report the length after each token; None for none of them.
         shift: [R] int64 their `rotary_shift`; None where all are 0.
     """
@@ -100,6 +115,7 @@ class Place:
         )
         self.present = frozenset(s.request.control_code for s in rows.states)
         self.strict = any(s.request.strict for s in rows.states)
+        self.thinking = any(s.think_end >= 0 for s in rows.states)
         # the states are on the host; an end tag that is probed takes a slot
         most = max(s.top_k + (s.think_end >= 0) for s in rows.states)
         self.width = widths[min(bisect_left(widths, most), len(widths) - 1)]

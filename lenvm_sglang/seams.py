@@ -500,8 +500,32 @@ def preprocess_logits(result: Any, self: Any, logits: Any, sampling_info: Any) -
         from lenvm_sglang import isolation
 
         fail_requests(step.batch, step.processor, isolation.steer(step))
-        if step.index is not None and len(step.index) == len(logits):
+        if step.all_drawn:
             sampling_info.is_all_greedy = True  # until the end of `model_sample`
+
+
+def sampler_forward(original: Callable[..., Any], self: Any, logits_output: Any, sampling_info: Any,
+                    return_logprob: bool, *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+    """AROUND Sampler.forward: where every token is drawn here and nothing else is asked of the host's sampler, it is
+    passed by, and no row of the logits is written."""
+    step, logits = process.step, logits_output.next_token_logits
+    passed = (
+        step is not None
+        and step.logits is logits
+        and step.all_steered
+        and not return_logprob
+        and not sampling_info.has_custom_logit_processor  # would act twice if one of the rows fails
+        and sampling_info.sampling_mask_batch_indices is None
+        and kwargs.get("logprob_logits") is None
+    )
+    if passed:
+        step.one_hot = False
+        self._preprocess_logits(logits, sampling_info)
+        if step.all_drawn:
+            self._sync_token_ids_across_tp(step.drawn.token_ids, sampling_info)
+            return step.drawn.token_ids
+        step.write_drawn()
+    return original(self, logits_output, sampling_info, return_logprob, *args, **kwargs)
 
 
 def fail_requests(forward_batch: Any, processor: Any, failed: list[tuple[Any, Exception]]) -> None:
@@ -517,7 +541,7 @@ def fail_requests(forward_batch: Any, processor: Any, failed: list[tuple[Any, Ex
         else {}
     )
     if failed:
-        process.decoded = None
+        process.decoded, forward_batch.lenvm_rows = None, forward_batch.lenvm_rows.anew()
     for state, error in failed:
         req = requests[id(state)]
         state.failed = req.skip_radix_cache_insert = True
@@ -530,8 +554,8 @@ def fail_requests(forward_batch: Any, processor: Any, failed: list[tuple[Any, Ex
 def compute_logprobs(self: Any, logprobs: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE OutputLogprobProcessor.compute_logprobs: the base model's log-probabilities in steered rows."""
     step = process.step
-    if step is not None and step.base_logprobs is not None:
-        logprobs[step.index] = step.base_logprobs.to(logprobs.dtype)
+    if step is not None and step.drawn is not None and step.drawn.base_logprobs is not None:
+        logprobs[step.drawn.rows] = step.drawn.base_logprobs.to(logprobs.dtype)
 
 
 # ----- the table ----------------------------------------------------------------------------------------------------
@@ -567,6 +591,7 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
     ("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", "AFTER", forward_batch),
     (_RUNNER + "forward", "AFTER", model_forward),
     (_RUNNER + "sample", "AROUND", model_sample),
+    ("sglang.srt.layers.sampler.Sampler.forward", "AROUND", sampler_forward),
     ("sglang.srt.layers.sampler.Sampler._preprocess_logits", "AFTER", preprocess_logits),
     ("sglang.srt.layers.logprob_processor.OutputLogprobProcessor.compute_logprobs", "BEFORE", compute_logprobs),
 )

@@ -275,8 +275,8 @@ class ValueWorker:
             return positions if self.sees_images else None
         return positions + place.shift[part, None].expand(-1, width).reshape(-1)
 
-    def draw_buffers(self, place: Place, logits: Tensor) -> DrawBuffers:
-        """Where a draw of the rows goes: their logits [B, V], and `chosen`, from where the next `follow` keeps it."""
+    def draw_buffers(self, place: Place, logits: Tensor | None) -> DrawBuffers:
+        """Where a draw of the rows goes: their logits [B, V], if given, and `chosen`, for the next `follow`."""
         return DrawBuffers(logits, None if place.whole else place.index, self.chosen, place.slots, place.scratch)
 
     def remember_first(self, place: Place) -> None:

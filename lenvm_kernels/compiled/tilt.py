@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import lru_cache
 from math import exp, log, log1p
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,19 +108,34 @@ def hard_choice(kept, stop, raw, token, z, wanted, mode):
     return best
 
 
+@compiled()
+def write(logits, rows, tokens, slots, chosen, pool_rows, scratch):
+    """`lenvm_kernels.reference.write_draw`; no `rows` are all, without `logits` none becomes one-hot, and without
+    `chosen` nothing is noted."""
+    for r in range(len(tokens)):
+        if len(logits):
+            row = logits[rows[r] if len(rows) else r]
+            row[:] = NEG_INF
+            row[tokens[r]] = 0.0
+        if len(chosen):
+            chosen[pool_rows[r]] = scratch[r, slots[r]]
+
+
 @compiled(
     "Tuple((f4[:,::1], i8[::1], i8[::1], f4[:,::1], i4[::1]))"
     "(f4[:,:], i8[:,:], b1[:,:], f4[:,:], f4[:,:,:], f4[:,:], b1, f4[:], f8,"
-    " i8[:], i8[:], i8[:], i8[:], f4[:], f4[:], i8[:], b1[:], b1)"
+    " i8[:], i8[:], i8[:], i8[:], f4[:], f4[:], i8[:], b1[:], b1,"
+    " f4[:,::1], i8[:], i8[:], i8[:], i8[:,:])"
 )
 def guide_and_draw(
     log_p, tokens, stops, z, q, kernels, by_row, means, decay,
     modes, controls, targets, emitted, sharpness, biases, seeds, greedy, with_statistics,
+    logits, batch_rows, chosen_slots, pool_rows, scratch,
 ):  # fmt: skip
     """Rows [R] of candidates [R, K] with length probabilities [R, K, B]. `kernels` [..., 1 + B], the weight of a stop
     token and of each bin, has a line for each row, or is `lenvm.guidance.kernel_table`. It or `means` [B] may be empty,
     if no row is a posterior's or no length of a distribution is wanted. Without statistics those rows are not to be
-    read, except of lengths."""
+    read, except of lengths. What follows them is `write`'s."""
     rows, slots = log_p.shape
     counted, reach = len(means), kernels.shape[0] // _MODES
     out = np.empty((rows, slots), np.float32)
@@ -216,28 +232,31 @@ def guide_and_draw(
             status[r] = _BAD
         elif vanished:
             status[r] = _VANISHED
+    write(logits, batch_rows, chosen, slot, chosen_slots, pool_rows, scratch)
     return out, slot, chosen, statistics, status
 
 
-@compiled("void(f4[:,::1], i8[:], i8[:], i8[:], i8[:], i8[:], i8[:,:])")
-def write(logits, rows, tokens, slots, chosen, pool_rows, scratch):
-    """`lenvm_kernels.reference.write_draw`; no `rows` are all, without `chosen` nothing is noted."""
-    for r in range(len(tokens)):
-        row = logits[rows[r] if len(rows) else r]
-        row[:] = NEG_INF
-        row[tokens[r]] = 0.0
-        if len(chosen):
-            chosen[pool_rows[r]] = scratch[r, slots[r]]
-
-
-_NO_ROWS = torch.empty(0, dtype=torch.int64)
-_NOTHING = {dimensions: torch.empty((0,) * dimensions) for dimensions in (1, 2, 3)}
+_NO_FLOATS = {dimensions: np.empty((0,) * dimensions, np.float32) for dimensions in (1, 2, 3)}
+_NO_INTEGERS = {dimensions: np.empty((0,) * dimensions, np.int64) for dimensions in (1, 2)}
 
 
 @lru_cache(maxsize=16)
-def _tables(centres: tuple[int, ...], gamma: float) -> tuple[Tensor, float]:
+def _tables(centres: tuple[int, ...], gamma: float) -> tuple[Any, float]:
     """Bin means [B] float32 and |ln gamma|."""
-    return LengthBins.cached(centres).table("means", torch.device("cpu")) if centres else _NOTHING[1], decay_nats(gamma)
+    if not centres:
+        return _NO_FLOATS[1], decay_nats(gamma)
+    return LengthBins.cached(centres).table("means", torch.device("cpu")).numpy(), decay_nats(gamma)
+
+
+def _buffers(into: DrawBuffers | None) -> tuple[Any, ...] | None:
+    """The last arguments of `guide_and_draw`; None for logits that it cannot write."""
+    if into is None:
+        return _NO_FLOATS[2], _NO_INTEGERS[1], _NO_INTEGERS[1], _NO_INTEGERS[1], _NO_INTEGERS[2]
+    if into.logits is not None and not (into.logits.dtype == torch.float32 and into.logits.is_contiguous()):
+        return None
+    logits = _NO_FLOATS[2] if into.logits is None else into.logits.numpy()
+    rows, chosen = (_NO_INTEGERS[1] if t is None else t.numpy() for t in (into.rows, into.chosen))
+    return logits, rows, chosen, into.pool_rows.numpy(), into.scratch.numpy()
 
 
 def tilt_sample(
@@ -253,41 +272,43 @@ def tilt_sample(
     into: DrawBuffers | None = None,
 ) -> TiltSample:
     """Arguments as in `lenvm_kernels.dispatch.tilt_sample`."""
+    # Most of its time this is Python whose code and data the forward before it has put out of the core's caches, so
+    # what is touched counts: no ufuncs of numpy for a few numbers, no views that nobody reads.
     log_q = scores.length_log_q
     means, decay = _tables(tuple(lenvm.bins), lenvm.gamma)
     if log_q is None or not lengths:
-        means = _NOTHING[1]
-    kernels, by_row = _NOTHING[2].numpy(), False
+        means = _NO_FLOATS[1]
+    kernels, by_row = _NO_FLOATS[2], False
     if present is None or Control.POSTERIOR in present:
         log_q, bins = lognormal_log_q(scores.z, lenvm) if log_q is None else (log_q, lenvm.length_bins)
-        by_row = bool(guidance.tolerance.numpy().any())
+        by_row = any(guidance.tolerance.tolist())
         if by_row:
             at_zero, per_bin = kernel_per_bin(guidance, bins)
             kernels = torch.cat([at_zero[:, None], per_bin], dim=1).numpy()
         else:
             kernels = kernel_table(bins.centres)
-    q = log_q.exp() if log_q is not None and len(kernels) + len(means) else _NOTHING[3]
-    g = guidance
-    per_candidate = (candidates.log_p, candidates.token_ids, candidates.is_stop, scores.z, q)
+    q = log_q.exp().numpy() if log_q is not None and len(kernels) + len(means) else _NO_FLOATS[3]
+    g, buffers = guidance, _buffers(into)
+    per_candidate = (candidates.log_p, candidates.token_ids, candidates.is_stop, scores.z)
     per_row = (g.mode, g.control, g.target, g.emitted, g.sharpness, g.bias, seed, greedy)
-    found = guide_and_draw(
+    out, slot, chosen, figures, status = guide_and_draw(
         *(v.numpy() for v in per_candidate),
+        q,
         kernels,
         by_row,
-        means.numpy(),
+        means,
         decay,
         *(v.numpy() for v in per_row),
         statistics,
+        *(buffers or _buffers(None) or ()),
     )
-    out, slot, chosen, figures, status = map(torch.from_numpy, found)
-    length, value, expected_value, kl = figures.unbind(0)
-    sample = TiltSample(out, slot, chosen, length if lengths else None)
+    sample = TiltSample(*map(torch.from_numpy, (out, slot, chosen)))
+    if lengths:
+        sample = sample._replace(length=torch.from_numpy(figures[LENGTH]))
     if statistics:
+        value, expected_value, kl = torch.from_numpy(figures[VALUE:]).unbind(0)
+        status = torch.from_numpy(status)
         sample = sample._replace(value=value, expected_value=expected_value, kl=kl, status=status)
-    if into is not None and into.logits.dtype == torch.float32 and into.logits.is_contiguous():
-        chosen_slots, rows = (_NO_ROWS if t is None else t for t in (into.chosen, into.rows))
-        arrays = (into.logits, rows, chosen, slot, chosen_slots, into.pool_rows, into.scratch)
-        write(*(t.numpy() for t in arrays))
-    else:
+    if buffers is None:
         write_draw(into, sample)
     return sample

@@ -280,8 +280,8 @@ def tilt_sample_kernel(
     if WRITE:
         one_hot = tl.where(token == chosen, 0.0, NEG_INF)  # an empty slot may name the token of another
         tl.store(LOGITS + batch_row * logits_row + token, one_hot, mask=inside)
-        if REMEMBER:
-            tl.store(KEPT_SLOT + tl.load(POOL_ROW + row), tl.load(SCRATCH + row * scratch_row + slot))
+    if REMEMBER:
+        tl.store(KEPT_SLOT + tl.load(POOL_ROW + row), tl.load(SCRATCH + row * scratch_row + slot))
 
     here = k == slot
     p = tl.where(kept, tl.exp(guided), 0.0)
@@ -338,11 +338,13 @@ def tilt_sample(
     block_k = max(16, triton.next_power_of_2(slots))
     buffers, vocabulary, options = (slot,) * 5, 0, {"WRITE": False, "INDEXED": False, "REMEMBER": False}  # not read
     if into is not None:
-        assert into.logits.stride(-1) == 1, "the kernel writes to rows of adjacent logits"
-        vocabulary = into.logits.shape[1]
-        index, kept = (slot if t is None else t for t in (into.rows, into.chosen))
-        buffers = (into.logits, index, kept, into.pool_rows, rowwise(into.scratch))
-        options = {"WRITE": True, "INDEXED": into.rows is not None, "REMEMBER": into.chosen is not None}
+        logits, index, kept = (slot if t is None else t for t in (into.logits, into.rows, into.chosen))
+        if into.logits is not None:
+            assert logits.stride(-1) == 1, "the kernel writes to rows of adjacent logits"
+            vocabulary = logits.shape[1]
+        buffers = (logits, index, kept, into.pool_rows, rowwise(into.scratch))
+        names = ("WRITE", "INDEXED", "REMEMBER")
+        options = dict(zip(names, (t is not None for t in (into.logits, into.rows, into.chosen)), strict=True))
     tilt_sample_kernel[(rows, 1 + triton.cdiv(vocabulary, _FILL.value))](
         log_p, token_ids, stop, z, quantities, centre, mean, decay, *row_values,
         out, slot, chosen, stats, status, *buffers,

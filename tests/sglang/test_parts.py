@@ -152,13 +152,13 @@ def test_reports_come_in_pieces_and_only_for_committed_tokens() -> None:
 def test_length_rows_split_into_steered_and_watched() -> None:
     watched = state(request=LengthRequest.parse({"return_length_values": True}))
     rows = LengthRows([1, 4, 6], [state(), watched, state()], [True, True, False], [True, False, True])
-    steered = rows.drawing(steered=True)
+    steered = rows.steering
     assert steered is not None
     assert steered.index == [1]
-    other = rows.drawing(steered=False)
+    other = rows.watching
     assert other is not None
     assert other.index == [4]
-    assert LengthRows([0], [state()], [False], [True]).drawing(steered=True) is None
+    assert LengthRows([0], [state()], [False], [True]).steering is None
 
 
 def test_select_rows_cuts_a_prefill_batch() -> None:
