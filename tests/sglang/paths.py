@@ -1,12 +1,13 @@
 """Answers of a scheduler in this process, by the CPU's path or by a GPU's:
-`python -m tests.sglang.paths BASE LENVM [fused | graphs | host | parts | triton] [few] [images]`.
+`python -m tests.sglang.paths BASE LENVM [fused | graphs | host | parts | triton] [few] [images] [broken]`.
 
 With one of these words and TRITON_INTERPRET=1 every kernel of ours runs as on a GPU, in Triton's interpreter: launches,
 buffers and bookkeeping are those of a GPU. `fused` is our own attention; `graphs` replays its forward on the memory of
 CUDA graphs, by running it again; `host` is the host's attention, and `parts` leaves room for so few candidates in its
 forward that the batch takes several. `triton` is the host's attention with its kernels for a GPU, in the interpreter
 too, for the base model and for all forwards of the value model; that takes so long that it is for `few` answers, and
-`images` is for models that could read some. Prints one JSON list of token lists.
+`images` is for models that could read some. With `broken` the steered ones are asked alone, and after its first token
+the value model raises for one of them. Prints one JSON list of token lists.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ ASKED: list[dict[str, Any]] = [
 ]
 STEERED = 7
 """How many of them, from the first."""
+BROKEN = 1
+"""Which of them the value model may raise for."""
 
 
 def ask(engine: InProcess, which: Iterable[int], tokens: int = 24) -> list[list[int]]:
@@ -84,6 +87,20 @@ def again() -> Iterator[Record]:
     yield record
 
 
+def raises_for_one(engine: InProcess) -> None:
+    """Break the value model for `ASKED[BROKEN]`, from its second token on."""
+    original = engine.worker.score
+
+    def score(batch: Any, place: Any, *args: Any, **kwargs: Any) -> Scores:
+        targets = [state.request.target for state in place.states]
+        if batch.forward_mode.is_decode() and ASKED[BROKEN]["length_target"] in targets:
+            raise RuntimeError("out of memory, or so")
+        scores: Scores = original(batch, place, *args, **kwargs)
+        return scores
+
+    engine.worker.score = score
+
+
 def main() -> None:
     quiet()
     base, lenvm, *words = sys.argv[1:]
@@ -93,6 +110,10 @@ def main() -> None:
     if "images" in words:
         flags += ["--mm-attention-backend", "sdpa"]
     engine = InProcess(Path(base), Path(lenvm), flags, most=16)
+    if "broken" in words:
+        raises_for_one(engine)
+        print(json.dumps(ask(engine, range(STEERED))))
+        return
     if set(words) - {"few", "images"}:
         engine.worker.waits_for_nobody = False
         if "parts" in words:

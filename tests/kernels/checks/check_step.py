@@ -172,3 +172,7 @@ def test_a_draw_is_written(logits_dtype: torch.dtype, part: bool, remembered: bo
     if remembered:
         assert torch.equal(chosen[pool_rows], scratch[torch.arange(6), sample.slot])
     assert (chosen >= 0).sum() == (6 if remembered else 0)
+    noted, untouched = torch.full_like(chosen, -1), logits.clone()
+    batch.run(tilt_sample, into=into._replace(logits=None, chosen=noted if remembered else None))
+    assert torch.equal(noted, chosen)
+    assert torch.equal(logits, untouched)
