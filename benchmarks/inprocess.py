@@ -172,15 +172,17 @@ class Step(NamedTuple):
 
     Attributes:
         unguided, guided: whole steps.
-        alone: bare forwards of the base model in unguided steps.
-        base, value: bare forwards in guided steps; the value model's with its heads.
+        base: bare forwards of the base model in unguided steps.
+        value: bare forwards of the value model, with its heads.
+        interrupted: unguided steps in which nothing is done for as long as a forward of the value model takes, less
+            that pause. On a machine whose cores and caches others use too, what the host does next is slower by then.
     """
 
     unguided: list[float]
     guided: list[float]
-    alone: list[float]
     base: list[float]
     value: list[float]
+    interrupted: list[float]
 
     @property
     def ratio(self) -> float:
@@ -193,10 +195,9 @@ class Step(NamedTuple):
         return median(self.unguided) / (median(self.unguided) + median(self.value))
 
     @property
-    def allowed_beside(self) -> float:
-        """The same with the base model's forward as slow as it is beside a value model, which takes its caches."""
-        beside = median(self.unguided) - median(self.alone) + median(self.base)
-        return median(self.unguided) / (beside + median(self.value))
+    def allowed_interrupted(self) -> float:
+        """The same if the unguided step is one that is interrupted for as long."""
+        return median(self.unguided) / (median(self.interrupted) + median(self.value))
 
 
 def stopwatch(function: Callable[..., Any], into: list[float]) -> Callable[..., Any]:
@@ -214,6 +215,24 @@ def stopwatch(function: Callable[..., Any], into: list[float]) -> Callable[..., 
         return out
 
     return timed
+
+
+def next_step(sums: list[float], batch: Any) -> None:
+    """A new last entry for `stopwatch`, at the begin of a step."""
+    sums.append(0.0)
+
+
+def after_pause(function: Callable[..., Any], seconds: float, pauses: list[float]) -> Callable[..., Any]:
+    """The function after a pause that touches no memory; how long it was goes to `pauses`."""
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            pass
+        pauses.append(time.perf_counter() - began)
+        return function(*args, **kwargs)
+
+    return late
 
 
 def forwards_of(worker: Any) -> list[tuple[Any, str]]:
@@ -241,7 +260,7 @@ def measure(
 ) -> Step:
     """Decode steps of `rows` requests, unguided and guided in turn, `repeats` times: the machine may be shared."""
     out = Step([], [], [], [], [])
-    worker = engine.worker
+    worker, sampler = engine.worker, engine.runner.sampler
     graphs = engine.runner.decode_cuda_graph_runner
     graphed = torch.cuda.is_available() and graphs is not None
     model, forward = (graphs, "execute") if graphed else (engine.runner.model, "forward")
@@ -250,22 +269,21 @@ def measure(
         # bare forwards in runs of their own: on a GPU timing them means waiting for them
         out.unguided.extend(ask(None)[2:])
         out.guided.extend(ask(fields)[2:])
-        alone, base, value = [0.0], [0.0], [0.0]
-
-        def next_step(batch: Any, sums: tuple[list[float], ...] = (base, value)) -> None:
-            for of_steps in sums:
-                of_steps.append(0.0)
-
-        with engine.replaced(model, forward, stopwatch(getattr(model, forward), alone)):
-            ask(None, at_step=partial(next_step, sums=(alone,)))
+        base, value, pauses = [0.0], [0.0], list[float]()
+        with engine.replaced(model, forward, stopwatch(getattr(model, forward), base)):
+            ask(None, at_step=partial(next_step, base))
         with ExitStack() as stack:
-            stack.enter_context(engine.replaced(model, forward, stopwatch(getattr(model, forward), base)))
             for owner, name in forwards_of(worker):
                 stack.enter_context(engine.replaced(owner, name, stopwatch(getattr(owner, name), value)))
-            ask(fields, at_step=next_step)
-        out.alone.extend(alone[4:])
+            ask(fields, at_step=partial(next_step, value))
         out.base.extend(base[4:])
         out.value.extend(value[4:])
+        if torch.cuda.is_available():  # a pause of the host is none of the device
+            out.interrupted.extend(out.unguided[-len(value[4:]) :])
+            continue
+        with engine.replaced(sampler, "forward", after_pause(sampler.forward, median(value[4:]), pauses)):
+            found = ask(None)[2:]
+        out.interrupted.extend(step - pause for step, pause in zip(found, pauses[-len(found) :], strict=True))
     return out
 
 

@@ -71,13 +71,14 @@ def steps(table: Table, pair: tuple[Path, Path], options: argparse.Namespace, fl
                 table.add("unguided tokens per second", "ours", sizes, [rows / t for t in step.unguided])
                 table.add("guided/unguided", "ours", sizes, [step.ratio])
                 table.add("guided/unguided", "allowed by the bare forwards", sizes, [step.allowed])
-                table.add("guided/unguided", "allowed, caches shared", sizes, [step.allowed_beside])
+                table.add("guided/unguided", "allowed, interrupted as long", sizes, [step.allowed_interrupted])
                 print(
                     f"{sizes}: guided/unguided {step.ratio:.3f}, allowed by the bare forwards {step.allowed:.3f}, "
-                    f"of it reached {step.ratio / step.allowed:.3f}, of what shared caches leave "
-                    f"{step.ratio / step.allowed_beside:.3f} ({rate:.0f} tokens/s guided; ms a step: unguided "
+                    f"of it reached {step.ratio / step.allowed:.3f}, of what an idle interruption as long allows "
+                    f"{step.ratio / step.allowed_interrupted:.3f} ({rate:.0f} tokens/s guided; ms a step: unguided "
                     f"{median(step.unguided) * 1e3:.3f}, guided {median(step.guided) * 1e3:.3f}, bare base "
-                    f"{median(step.base) * 1e3:.3f}, bare value {median(step.value) * 1e3:.3f})",
+                    f"{median(step.base) * 1e3:.3f}, bare value {median(step.value) * 1e3:.3f}, interrupted "
+                    f"{median(step.interrupted) * 1e3:.3f})",
                     flush=True,
                 )
     for rows in options.batch:
