@@ -9,6 +9,7 @@ the forward that made its logits.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -28,7 +29,7 @@ from lenvm_sglang.rows import LengthRows, Place, Places, Read
 from lenvm_sglang.settings import Settings, local_directory
 from lenvm_sglang.state import RowTable, to_device
 from lenvm_sglang.versions import bind_slots
-from lenvm_sglang.worker import ValueWorker, describe, plain_attention
+from lenvm_sglang.worker import ValueWorker, describe, plain_attention, runs
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,16 @@ class LookaheadWorker(ValueWorker):
         self.batch = DecodeBatch()
 
     def warm_up(self) -> None:
-        """There is no forward over candidates."""
+        """Before anything is served: try our attention on one token."""
+        if isinstance(self.tokens, SharedPrefixBackend) and not runs(partial(self._probe, self.tokens)):
+            self.tokens = self.sequences
+
+    def _probe(self, backend: SharedPrefixBackend) -> None:
+        """Read token 0 behind a prefix of one, both in the host's dump slot."""
+        zero = torch.zeros(1, dtype=torch.int64)
+        where = backend.prepare(zero, zero + 1, 1, zero[:, None])
+        rotary = where.positions if self.sees_images else None
+        self.forward(self.batch.fill(zero, where.positions, where.lengths, zero, rotary), backend)
 
     def follow(self, batch: Any, rows: LengthRows, output: Any) -> Read | None:
         """Read what the base model read, and keep each row's last state."""

@@ -15,7 +15,7 @@ of an image under the image's hash, in a cache of the process; the value model's
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -184,13 +184,7 @@ class ValueWorker:
         """Once the host has made its own CUDA graphs: try the candidates' forward, and make those of it."""
         from sglang.srt.runtime_context import get_parallel
 
-        try:
-            self.candidates.probe()
-        except Exception as error:  # whatever a kernel raises on a device that it was not tried on
-            logger.warning(
-                "lenvm: the host's attention scores the candidates, which is slower, because our own raised %s: %s. "
-                "Please report this.", type(error).__name__, error, exc_info=error,
-            )  # fmt: skip
+        if not runs(self.candidates.probe):
             self.candidates = HostForward(self)
         if not isinstance(self.candidates, FusedForward):
             return
@@ -326,6 +320,19 @@ def value_config(settings: Settings, server_args: Any, context_length: int) -> A
         model_impl=resolved.model_impl,
         is_draft_model=True,
     )
+
+
+def runs(probe: Callable[[], None]) -> bool:
+    """Whether our own attention can be run; where it cannot, the log says that the host's takes its place."""
+    try:
+        probe()
+    except Exception as error:  # whatever a kernel raises on a device that it was not tried on
+        logger.warning(
+            "lenvm: the host's attention runs the value model's steps, which is slower, because our own raised %s: %s. "
+            "Please report this.", type(error).__name__, error, exc_info=error,
+        )  # fmt: skip
+        return False
+    return True
 
 
 def describe(

@@ -1,5 +1,5 @@
 """Answers of a scheduler in this process, by the CPU's path or by a GPU's:
-`python -m tests.sglang.paths BASE LENVM [fused | graphs | host | parts | triton] [few] [images] [broken]`.
+`python -m tests.sglang.paths BASE LENVM [fused | graphs | host | parts | triton] [few] [images] [broken | unfit]`.
 
 With one of these words and TRITON_INTERPRET=1 every kernel of ours runs as on a GPU, in Triton's interpreter: launches,
 buffers and bookkeeping are those of a GPU. `fused` is our own attention; `graphs` replays its forward on the memory of
@@ -7,7 +7,8 @@ CUDA graphs, by running it again; `host` is the host's attention, and `parts` le
 forward that the batch takes several. `triton` is the host's attention with its kernels for a GPU, in the interpreter
 too, for the base model and for all forwards of the value model; that takes so long that it is for `few` answers, and
 `images` is for models that could read some. With `broken` the steered ones are asked alone, and after its first token
-the value model raises for one of them. Prints one JSON list of token lists.
+the value model raises for one of them. With `unfit` our attention on a CPU raises from the start. Prints one JSON list
+of token lists.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from unittest import mock
 from benchmarks.inprocess import InProcess, quiet
 from lenvm.guidance import Scores
 from lenvm_sglang import forwards
+from lenvm_sglang.attention import AttentionError, SharedPrefixBackend
 from lenvm_sglang.graphs import Record, Recorded, buckets
 from tests.kernels.checks import quick
 from tests.sglang.models import prompts
@@ -109,12 +111,14 @@ def main() -> None:
         flags += ["--attention-backend", "triton", "--triton-attention-num-kv-splits", "2"]
     if "images" in words:
         flags += ["--mm-attention-backend", "sdpa"]
+    if "unfit" in words:
+        mock.patch.object(SharedPrefixBackend, "attend", side_effect=AttentionError("the model asks for more")).start()
     engine = InProcess(Path(base), Path(lenvm), flags, most=16)
     if "broken" in words:
         raises_for_one(engine)
         print(json.dumps(ask(engine, range(STEERED))))
         return
-    if set(words) - {"few", "images"}:
+    if set(words) - {"few", "images", "unfit"}:
         engine.worker.waits_for_nobody = False
         if "parts" in words:
             forwards.VIRTUAL_ROWS = 40

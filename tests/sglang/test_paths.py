@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import Qwen2Config
 
-from tests.sglang.models import make_attached, make_pair, make_vision_pair
+from tests.sglang.models import make_attached, make_lookahead, make_pair, make_vision_pair
 from tests.sglang.paths import ASKED, BROKEN, STEERED
 
 pytestmark = pytest.mark.slow
@@ -55,6 +55,15 @@ def test_the_hosts_kernels_for_a_gpu_give_the_same_answers(tmp_path: Path) -> No
     few = answers(pair / "base", pair / "lenvm", "few")
     assert [len(answer) for answer in few] == [5, 5]
     assert answers(pair / "base", pair / "lenvm", "triton", "few", TRITON_INTERPRET="1") == few
+
+
+def test_where_our_attention_is_unfit_the_hosts_gives_the_same_answers(tmp_path: Path) -> None:
+    """On a CPU, over candidates and for the one token that a lookahead head on a LenVM reads."""
+    pair = make_pair(tmp_path, Qwen2Config, Qwen2Config)
+    for lenvm in (pair / "lenvm", make_lookahead(tmp_path / "lookahead", pair / "lenvm")):
+        few = answers(pair / "base", lenvm, "few")
+        assert [len(answer) for answer in few] == [5, 5]
+        assert answers(pair / "base", lenvm, "few", "unfit") == few
 
 
 def test_graphs_of_a_model_that_reads_images_give_the_same_answers(tmp_path: Path) -> None:
