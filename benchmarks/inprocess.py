@@ -174,8 +174,9 @@ class Step(NamedTuple):
         unguided, guided: whole steps.
         base: bare forwards of the base model in unguided steps.
         value: bare forwards of the value model, with its heads.
-        interrupted: unguided steps in which nothing is done for as long as a forward of the value model takes, less
-            that pause. On a machine whose cores and caches others use too, what the host does next is slower by then.
+        interrupted: on a CPU, unguided steps in which nothing is done for as long as a forward of the value model
+            takes, less that pause. On a machine whose cores and caches others use too, what the host does next is
+            slower by then. The pause comes after the host's draw, which guided steps do not have.
     """
 
     unguided: list[float]
@@ -195,8 +196,10 @@ class Step(NamedTuple):
         return median(self.unguided) / (median(self.unguided) + median(self.value))
 
     @property
-    def allowed_interrupted(self) -> float:
-        """The same if the unguided step is one that is interrupted for as long."""
+    def allowed_interrupted(self) -> float | None:
+        """The same if the unguided step is one that is interrupted for as long; None if there was none."""
+        if not self.interrupted:
+            return None
         return median(self.unguided) / (median(self.interrupted) + median(self.value))
 
 
@@ -222,17 +225,18 @@ def next_step(sums: list[float], batch: Any) -> None:
     sums.append(0.0)
 
 
-def after_pause(function: Callable[..., Any], seconds: float, pauses: list[float]) -> Callable[..., Any]:
-    """The function after a pause that touches no memory; how long it was goes to `pauses`."""
+def then_pause(function: Callable[..., Any], seconds: float, into: list[float]) -> Callable[..., Any]:
+    """The function, then a pause that touches no memory, its seconds added to the last entry of `into`."""
 
-    def late(*args: Any, **kwargs: Any) -> Any:
+    def paused(*args: Any, **kwargs: Any) -> Any:
+        out = function(*args, **kwargs)
         began = time.perf_counter()
         while time.perf_counter() - began < seconds:
             pass
-        pauses.append(time.perf_counter() - began)
-        return function(*args, **kwargs)
+        into[-1] += time.perf_counter() - began
+        return out
 
-    return late
+    return paused
 
 
 def forwards_of(worker: Any) -> list[tuple[Any, str]]:
@@ -269,7 +273,7 @@ def measure(
         # bare forwards in runs of their own: on a GPU timing them means waiting for them
         out.unguided.extend(ask(None)[2:])
         out.guided.extend(ask(fields)[2:])
-        base, value, pauses = [0.0], [0.0], list[float]()
+        base, value, pauses = [0.0], [0.0], [0.0]
         with engine.replaced(model, forward, stopwatch(getattr(model, forward), base)):
             ask(None, at_step=partial(next_step, base))
         with ExitStack() as stack:
@@ -279,11 +283,11 @@ def measure(
         out.base.extend(base[4:])
         out.value.extend(value[4:])
         if torch.cuda.is_available():  # a pause of the host is none of the device
-            out.interrupted.extend(out.unguided[-len(value[4:]) :])
             continue
-        with engine.replaced(sampler, "forward", after_pause(sampler.forward, median(value[4:]), pauses)):
-            found = ask(None)[2:]
-        out.interrupted.extend(step - pause for step, pause in zip(found, pauses[-len(found) :], strict=True))
+        with engine.replaced(sampler, "forward", then_pause(sampler.forward, median(value[4:]), pauses)):
+            found = ask(None, at_step=partial(next_step, pauses))
+        pauses = pauses[-len(found) - 1 : -1]  # of the last decode step there is a pause and no time
+        out.interrupted.extend(step - pause for step, pause in zip(found[2:], pauses[2:], strict=True))
     return out
 
 

@@ -65,20 +65,21 @@ def steps(table: Table, pair: tuple[Path, Path], options: argparse.Namespace, fl
                 sampling = {"top_k": wanted, "temperature": options.temperature}
                 step = measure(engine, rows, options.context, tokens, fields, options.repeats, **sampling)
                 for provider, values in step._asdict().items():
-                    table.add(f"step ms: {provider}", "ours", sizes, milliseconds(values))
+                    if values:
+                        table.add(f"step ms: {provider}", "ours", sizes, milliseconds(values))
                 rate = rows / median(step.guided)
                 table.add("guided tokens per second", "ours", sizes, [rows / t for t in step.guided])
                 table.add("unguided tokens per second", "ours", sizes, [rows / t for t in step.unguided])
                 table.add("guided/unguided", "ours", sizes, [step.ratio])
                 table.add("guided/unguided", "allowed by the bare forwards", sizes, [step.allowed])
-                table.add("guided/unguided", "allowed, interrupted as long", sizes, [step.allowed_interrupted])
+                idle = ""
+                if step.allowed_interrupted is not None:
+                    table.add("guided/unguided", "allowed, interrupted as long", sizes, [step.allowed_interrupted])
+                    idle = f", of what an idle interruption as long allows {step.ratio / step.allowed_interrupted:.3f}"
+                times = ", ".join(f"{n} {median(v) * 1e3:.3f}" for n, v in step._asdict().items() if v)
                 print(
                     f"{sizes}: guided/unguided {step.ratio:.3f}, allowed by the bare forwards {step.allowed:.3f}, "
-                    f"of it reached {step.ratio / step.allowed:.3f}, of what an idle interruption as long allows "
-                    f"{step.ratio / step.allowed_interrupted:.3f} ({rate:.0f} tokens/s guided; ms a step: unguided "
-                    f"{median(step.unguided) * 1e3:.3f}, guided {median(step.guided) * 1e3:.3f}, bare base "
-                    f"{median(step.base) * 1e3:.3f}, bare value {median(step.value) * 1e3:.3f}, interrupted "
-                    f"{median(step.interrupted) * 1e3:.3f})",
+                    f"of it reached {step.ratio / step.allowed:.3f}{idle} ({rate:.0f} tokens/s guided; ms: {times})",
                     flush=True,
                 )
     for rows in options.batch:

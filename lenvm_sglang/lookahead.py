@@ -89,7 +89,7 @@ class LookaheadWorker(ValueWorker):
 
     def _probe(self, backend: SharedPrefixBackend) -> None:
         """Read token 0 behind a prefix of one, both in the host's dump slot."""
-        zero = torch.zeros(1, dtype=torch.int64)
+        zero = torch.zeros(1, dtype=torch.int64, device=self.base.req_to_token_pool.req_to_token.device)
         where = backend.prepare(zero, zero + 1, 1, zero[:, None])
         rotary = where.positions if self.sees_images else None
         self.forward(self.batch.fill(zero, where.positions, where.lengths, zero, rotary), backend)

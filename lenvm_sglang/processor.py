@@ -1,8 +1,8 @@
 """The steering object: where candidates are cut, scored, guided and drawn.
 
 SGLang computes the logits, applies penalties, grammar and bias, then its custom logits processors; right there this
-one acts on the rows that carry length fields. A guided row leaves it **one-hot**, so that the host's temperature, top-p
-and random numbers cannot act on it a second time.
+one acts on the rows that carry length fields. The host's temperature, top-p and random numbers cannot act on a guided
+row a second time: it leaves here **one-hot**, or, where all rows are guided, the host's sampler is passed by.
 """
 
 from __future__ import annotations
@@ -104,7 +104,6 @@ class SamplingStep:
         if self.drawn is not None:
             self.logits.index_fill_(0, self.drawn.rows, -torch.inf)
             self.logits[self.drawn.rows, self.drawn.token_ids] = 0.0
-        self.one_hot = True
 
 
 class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]

@@ -59,7 +59,7 @@ class LengthRows:
             for draws, is_steered, state in zip(self.draws, self.steered, self.states, strict=True)
         ]
         if all(wanted):
-            return self
+            return self.anew()  # not `self`, which would then hold itself
         keep = [i for i, is_wanted in enumerate(wanted) if is_wanted]
         return self.only(keep) if keep else None
 

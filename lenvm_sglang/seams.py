@@ -494,7 +494,8 @@ def model_sample(original: Callable[..., Any], self: Any, logits_output: Any, fo
 def preprocess_logits(result: Any, self: Any, logits: Any, sampling_info: Any) -> None:
     """AFTER Sampler._preprocess_logits: steer, if this is the tensor that is sampled from and not a copy.
 
-    Where every row is one-hot then, the host takes the arg max instead of sorting the vocabulary for a draw."""
+    Where every row is one-hot then and the host's sampler goes on (for log-probabilities, say), it takes the arg max
+    instead of sorting the vocabulary for a draw."""
     step = process.step
     if step is not None and step.logits is logits:
         from lenvm_sglang import isolation

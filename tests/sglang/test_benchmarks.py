@@ -36,9 +36,9 @@ def test_the_gpu_script_runs_dry_and_a_step_never_waits(tmp_path: Path) -> None:
         assert found[kind, "waits of ours"] == 0, kind
         assert found[kind, "value forwards"] == 1, kind
         assert found[kind, "value tokens per row"] == tokens, kind
-    # a batch that is guided throughout needs no draw of the host's: it takes the arg max of one-hot rows
+    # a batch that is guided throughout needs no draw of the host's
     drawn = "launches of the host's sampler"
-    assert found["posterior", drawn] == found["bias", drawn] < found["values", drawn]
+    assert found["posterior", drawn] == found["bias", drawn] == 0 < found["values", drawn]
     # where candidates stand and the last one's KV; top-k; the cut; rule, draw and what is written of it
     for kind in ("posterior", "posterior top-k 4", "bias"):
         assert found[kind, "launches of ours outside the value forward"] == 4, kind
