@@ -186,6 +186,11 @@ class Step(NamedTuple):
     interrupted: list[float]
 
     @property
+    def samples(self) -> dict[str, list[float]]:
+        """What was measured, by name."""
+        return {name: seconds for name, seconds in self._asdict().items() if seconds}
+
+    @property
     def ratio(self) -> float:
         """Guided over unguided tokens per second."""
         return median(self.unguided) / median(self.guided)

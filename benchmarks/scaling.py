@@ -53,7 +53,7 @@ def one_value_model(options: argparse.Namespace) -> None:
             sampling = {"top_k": candidates, "temperature": 1.0}
             step = measure(engine, rows, context, options.tokens, fields, options.repeats, **sampling)
             label = f"{options.base}+{options.value} B={rows} K={candidates} L={context}"
-            for provider, values in step._asdict().items():
+            for provider, values in step.samples.items():
                 table.add("step ms", provider, label, [v * 1e3 for v in values])
             table.add("guided/unguided", "ours", label, [step.ratio])
             table.add("guided/unguided", "allowed by the bare forwards", label, [step.allowed])

@@ -64,9 +64,8 @@ def steps(table: Table, pair: tuple[Path, Path], options: argparse.Namespace, fl
                 fields = fields_of(mode, 4 * tokens)
                 sampling = {"top_k": wanted, "temperature": options.temperature}
                 step = measure(engine, rows, options.context, tokens, fields, options.repeats, **sampling)
-                for provider, values in step._asdict().items():
-                    if values:
-                        table.add(f"step ms: {provider}", "ours", sizes, milliseconds(values))
+                for provider, values in step.samples.items():
+                    table.add(f"step ms: {provider}", "ours", sizes, milliseconds(values))
                 rate = rows / median(step.guided)
                 table.add("guided tokens per second", "ours", sizes, [rows / t for t in step.guided])
                 table.add("unguided tokens per second", "ours", sizes, [rows / t for t in step.unguided])
@@ -76,7 +75,7 @@ def steps(table: Table, pair: tuple[Path, Path], options: argparse.Namespace, fl
                 if step.allowed_interrupted is not None:
                     table.add("guided/unguided", "allowed, interrupted as long", sizes, [step.allowed_interrupted])
                     idle = f", of what an idle interruption as long allows {step.ratio / step.allowed_interrupted:.3f}"
-                times = ", ".join(f"{n} {median(v) * 1e3:.3f}" for n, v in step._asdict().items() if v)
+                times = ", ".join(f"{n} {median(v) * 1e3:.3f}" for n, v in step.samples.items())
                 print(
                     f"{sizes}: guided/unguided {step.ratio:.3f}, allowed by the bare forwards {step.allowed:.3f}, "
                     f"of it reached {step.ratio / step.allowed:.3f}{idle} ({rate:.0f} tokens/s guided; ms: {times})",
