@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--middle", type=int, nargs=3, default=[8, 16, 256], metavar=("B", "K", "L"), help="middle size"
     )
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 32], help="further batches")
-    parser.add_argument("--candidates", type=int, nargs="*", default=[1, 4], help="further K, by the requests' top-k")
+    # a top-k of 1 is greedy decoding to the host, which is guided over all K candidates
+    parser.add_argument("--candidates", type=int, nargs="*", default=[2, 4], help="further K, by the requests' top-k")
     parser.add_argument("--context", type=int, nargs="*", default=[128, 1024, 4096], help="further contexts")
     parser.add_argument("--tokens", type=int, default=24, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, default=3, help="alternating runs")
