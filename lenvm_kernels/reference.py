@@ -161,13 +161,10 @@ def write_draw(into: DrawBuffers | None, sample: TiltSample) -> None:
     """Make the rows one-hot in their tokens, and note the slots of the candidates drawn."""
     if into is None:
         return
-    if into.logits is None:
-        pass
-    elif into.rows is None:
-        into.logits.fill_(-torch.inf).scatter_(1, sample.token_id[:, None], 0.0)
-    else:
-        into.logits.index_fill_(0, into.rows, -torch.inf)
-        into.logits[into.rows, sample.token_id] = 0.0
+    if into.logits is not None:
+        rows = torch.arange(len(sample.token_id), device=into.logits.device) if into.rows is None else into.rows
+        into.logits.index_fill_(0, rows, -torch.inf)
+        into.logits[rows, sample.token_id] = 0.0
     if into.chosen is not None:
         into.chosen.index_copy_(0, into.pool_rows, into.scratch.gather(1, sample.slot[:, None])[:, 0])
 

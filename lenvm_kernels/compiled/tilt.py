@@ -248,12 +248,10 @@ def _tables(centres: tuple[int, ...], gamma: float) -> tuple[Any, float]:
     return LengthBins.cached(centres).table("means", torch.device("cpu")).numpy(), decay_nats(gamma)
 
 
-def _buffers(into: DrawBuffers | None) -> tuple[Any, ...] | None:
-    """The last arguments of `guide_and_draw`; None for logits that it cannot write."""
+def _buffers(into: DrawBuffers | None) -> tuple[Any, ...]:
+    """The last arguments of `guide_and_draw`."""
     if into is None:
         return _NO_FLOATS[2], _NO_INTEGERS[1], _NO_INTEGERS[1], _NO_INTEGERS[1], _NO_INTEGERS[2]
-    if into.logits is not None and not (into.logits.dtype == torch.float32 and into.logits.is_contiguous()):
-        return None
     logits = _NO_FLOATS[2] if into.logits is None else into.logits.numpy()
     rows, chosen = (_NO_INTEGERS[1] if t is None else t.numpy() for t in (into.rows, into.chosen))
     return logits, rows, chosen, into.pool_rows.numpy(), into.scratch.numpy()
@@ -288,7 +286,9 @@ def tilt_sample(
         else:
             kernels = kernel_table(bins.centres)
     q = log_q.exp().numpy() if log_q is not None and len(kernels) + len(means) else _NO_FLOATS[3]
-    g, buffers = guidance, _buffers(into)
+    logits = None if into is None else into.logits
+    kernel_writes = logits is None or (logits.dtype == torch.float32 and logits.is_contiguous())
+    g = guidance
     per_candidate = (candidates.log_p, candidates.token_ids, candidates.is_stop, scores.z)
     per_row = (g.mode, g.control, g.target, g.emitted, g.sharpness, g.bias, seed, greedy)
     out, slot, chosen, figures, status = guide_and_draw(
@@ -300,7 +300,7 @@ def tilt_sample(
         decay,
         *(v.numpy() for v in per_row),
         statistics,
-        *(buffers or _buffers(None) or ()),
+        *_buffers(into if kernel_writes else None),
     )
     sample = TiltSample(*map(torch.from_numpy, (out, slot, chosen)))
     if lengths:
@@ -309,6 +309,6 @@ def tilt_sample(
         value, expected_value, kl = torch.from_numpy(figures[VALUE:]).unbind(0)
         status = torch.from_numpy(status)
         sample = sample._replace(value=value, expected_value=expected_value, kl=kl, status=status)
-    if buffers is None:
+    if not kernel_writes:
         write_draw(into, sample)
     return sample
