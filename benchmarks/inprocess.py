@@ -226,7 +226,7 @@ def stopwatch(function: Callable[..., Any], into: list[float]) -> Callable[..., 
 
 
 def next_step(sums: list[float], batch: Any) -> None:
-    """A new last entry for `stopwatch`, at the begin of a step."""
+    """A new last entry for `stopwatch`, at the start of a step."""
     sums.append(0.0)
 
 

@@ -508,7 +508,9 @@ def preprocess_logits(result: Any, self: Any, logits: Any, sampling_info: Any) -
 def sampler_forward(original: Callable[..., Any], self: Any, logits_output: Any, sampling_info: Any,
                     return_logprob: bool, *args: Any, **kwargs: Any) -> Any:  # fmt: skip
     """AROUND Sampler.forward: where every token is drawn here and nothing else is asked of the host's sampler, it is
-    passed by, and no row of the logits is written."""
+    passed by, and no row of the logits is written.
+
+    What a new host's sampler does beside drawing has to be looked at here: it is left out."""
     step, logits = process.step, logits_output.next_token_logits
     passed = (
         step is not None
@@ -602,6 +604,13 @@ HOOKS: tuple[Hook, ...] = (
     *SCHEDULER_HOOKS,
 )
 """All that is taken hold of, in the order of the host's start; `verify_sampling_params` is wanted in both processes."""
+PASSED_BY = (
+    "sglang.srt.layers.sampler.Sampler._sync_token_ids_across_tp",
+    "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.has_custom_logit_processor",
+    "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.sampling_mask_batch_indices",
+)
+"""What `sampler_forward` calls and reads in the place of the host's sampler; a server on a host without them must not
+start, rather than fail at the first request."""
 
 
 def hooks_here() -> tuple[Hook, ...]:
@@ -635,12 +644,14 @@ def install() -> None:
             "one of those, or set LENVM_SGLANG_DISABLE=1 to serve without length control."
         )
     hooks = hooks_here()
-    for target, _, _ in hooks:
+    needed = [target for target, _, _ in hooks]
+    needed += PASSED_BY if any(hook is sampler_forward for _, _, hook in hooks) else ()
+    for target in needed:
         try:
             pkgutil.resolve_name(target)
         except (ImportError, AttributeError) as error:
             raise SeamError(
-                f"SGLang {sglang.__version__} has no {target} ({error}); lenvm_sglang cannot hook it, set "
+                f"SGLang {sglang.__version__} has no {target} ({error}); lenvm_sglang needs it, set "
                 "LENVM_SGLANG_DISABLE=1 to serve without length control."
             ) from error
     process.hooks = hooks

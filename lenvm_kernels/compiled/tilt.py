@@ -270,8 +270,8 @@ def tilt_sample(
     into: DrawBuffers | None = None,
 ) -> TiltSample:
     """Arguments as in `lenvm_kernels.dispatch.tilt_sample`."""
-    # Most of its time this is Python whose code and data the forward before it has put out of the core's caches, so
-    # what is touched counts: no ufuncs of numpy for a few numbers, no views that nobody reads.
+    # Most of its time this is Python whose code and data have grown cold since the last step, so what is touched
+    # counts: no ufuncs of numpy for a few numbers, no views that nobody reads.
     log_q = scores.length_log_q
     means, decay = _tables(tuple(lenvm.bins), lenvm.gamma)
     if log_q is None or not lengths:

@@ -149,6 +149,16 @@ def test_host_version_and_missing_seam(monkeypatch: pytest.MonkeyPatch) -> None:
         seams.install()
 
 
+def test_what_stands_in_for_the_hosts_sampler_is_looked_for_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.layers.sampler import Sampler
+
+    from lenvm_sglang import seams
+
+    monkeypatch.delattr(Sampler, "_sync_token_ids_across_tp")
+    with pytest.raises(seams.SeamError, match=r"has no .*Sampler\._sync_token_ids_across_tp"):
+        seams.install()
+
+
 @pytest.mark.parametrize(
     ("part", "fronts", "schedulers"),
     [
