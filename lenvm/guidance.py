@@ -99,6 +99,11 @@ class GuidanceRows:
         """The rows of an index or mask."""
         return GuidanceRows(**{name: value[index] for name, value in vars(self).items()})
 
+    def ruling(self, index: Tensor) -> GuidanceRows:
+        """The rows of an index, where these are a table and `emitted` alone is of those rows already."""
+        chosen = {name: value if name == "emitted" else value[index] for name, value in vars(self).items()}
+        return GuidanceRows(**chosen)
+
 
 def strict_bounds(rows: GuidanceRows) -> tuple[Tensor, Tensor]:
     """What `length_strict` does to the stop tokens *before* candidates are cut.

@@ -34,9 +34,10 @@ from lenvm_kernels.dispatch import (
     uses_triton,
     value_head,
 )
-from lenvm_kernels.results import Status, TiltSample
+from lenvm_kernels.results import WORDS, Status, TiltSample
 
 __all__ = [
+    "WORDS",
     "CandidateRows",
     "DrawBuffers",
     "Keep",

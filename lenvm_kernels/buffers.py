@@ -178,6 +178,7 @@ class DrawBuffers(NamedTuple):
         chosen: [P] int64, by row of the host's request pool, the KV slot of the candidate drawn; None: not wanted.
         pool_rows: [R] int64 rows of `chosen`.
         scratch: [R, >= K] int64 KV slots of the candidates.
+        results: [WORDS, R] int64 memory of the `TiltSample`; None: new memory.
     """
 
     logits: Tensor | None
@@ -185,3 +186,4 @@ class DrawBuffers(NamedTuple):
     chosen: Tensor | None
     pool_rows: Tensor
     scratch: Tensor
+    results: Tensor | None = None

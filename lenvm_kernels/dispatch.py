@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def build_candidates(
     max_candidates: int,
     guidance: GuidanceRows | None = None,
     reach: int | None = None,
-    into: Tensor | None = None,
+    into: Candidates | None = None,
 ) -> Candidates:
     """Cut the candidate sets of R rows; `lenvm.candidates.build_candidates` says what a candidate is.
 
@@ -82,10 +82,10 @@ def build_candidates(
         guidance: what the rows ask for; their `length_strict` bounds ban or force stop tokens (`strict_bounds`).
             None: no bounds.
         reach: how many of the most probable tokens must be ordered, at least the largest top_k that is on.
-        into: [R, min(K, V)] int64, contiguous, where the token ids are to be written.
+        into: where to write, [R, min(K, V)], contiguous.
 
     Returns:
-        Candidates of shape [R, min(K, V)].
+        Candidates of shape [R, min(K, V)]; in the memory of `into` if given.
     """
     covered = reach is not None and max(reach, max_candidates) <= MAX_REACH and stop_token_ids.shape[1] <= MAX_STOPS
     if uses_triton(logits) and covered and logits.shape[0] > 0:
@@ -100,7 +100,9 @@ def build_candidates(
         found = compiled.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
     else:
         found = reference.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
-    return found if into is None else replace(found, token_ids=into.copy_(found.token_ids))
+    if into is None:
+        return found
+    return Candidates(*(getattr(into, f.name).copy_(getattr(found, f.name)) for f in fields(Candidates)))
 
 
 def extent(candidates: Candidates) -> tuple[int, int]:
@@ -287,6 +289,7 @@ def tilt_sample(
     statistics: bool = True,
     lengths: bool = True,
     into: DrawBuffers | None = None,
+    ruled_by: Tensor | None = None,
 ) -> TiltSample:
     """Guide and draw R rows, each after its own rule: `lenvm.guidance.guide`, then `lenvm.sampler.draw`.
 
@@ -302,11 +305,13 @@ def tilt_sample(
         guidance: what each row asks for.
         lenvm: gamma, bins and spread of the checkpoint.
         seed: [R] int64 keys of the draw's noise.
-        greedy: [R] bool, take the arg max of p' instead of a sample.
+        greedy: [R] bool, or int64 of a table, take the arg max of p' instead of a sample.
         present: the controls that occur in `guidance`, where the host knows them.
         statistics: also give value, expected value, KL to the base and status (free in Triton's kernel).
         lengths: also give the predicted remaining length (free in Triton's kernel).
         into: where the tokens and slots drawn are written, in the same launch.
+        ruled_by: [R] int64, which row of `guidance` (but for `emitted`, [R]), `seed` and `greedy` each row is ruled by,
+            where those are a table of more rows. None: row by row.
 
     Returns:
         TiltSample.
@@ -315,11 +320,13 @@ def tilt_sample(
     if uses_triton(candidates.log_p) and 0 < slots <= MAX_CANDIDATES and rows > 0:
         from lenvm_kernels.fused import tilt as fused
 
-        return fused.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, into)
+        return fused.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, into, ruled_by)
+    if ruled_by is not None:
+        guidance, seed, greedy = guidance.ruling(ruled_by), seed[ruled_by], greedy[ruled_by].bool()
+    way: Any = reference
     if uses_numba(candidates.log_p) and slots > 0:
-        from lenvm_kernels.compiled import tilt as compiled
-
-        return compiled.tilt_sample(
-            candidates, scores, guidance, lenvm, seed, greedy, present, statistics, lengths, into
-        )
-    return reference.tilt_sample(candidates, scores, guidance, lenvm, seed, greedy, present, statistics, lengths, into)
+        from lenvm_kernels.compiled import tilt as way
+    sample: TiltSample = way.tilt_sample(
+        candidates, scores, guidance, lenvm, seed, greedy, present, statistics, lengths, into
+    )
+    return sample if into is None or into.results is None else sample.moved(into.results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntFlag
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -44,3 +45,26 @@ class TiltSample(NamedTuple):
     expected_value: Tensor | None = None
     kl: Tensor | None = None
     status: Tensor | None = None
+
+    @classmethod
+    def in_memory(cls, log_p: Tensor, memory: Tensor) -> TiltSample:
+        """Everything but `log_p` in one piece of memory, [WORDS, R] int64, so that one copy takes it along."""
+        rows = memory.shape[1]
+        length, value, expected_value, kl = memory[2:4].view(torch.float32).view(4, rows).unbind(0)
+        return cls(log_p, memory[0], memory[1], length, value, expected_value, kl, memory[4].view(torch.int32)[:rows])
+
+    def moved(self, memory: Tensor) -> TiltSample:
+        """The same in `memory`, as of `in_memory`; what is None here is not written."""
+        there = TiltSample.in_memory(self.log_p, memory)
+        parts: list[Tensor | None] = [self.log_p]
+        for here, to in zip(self[1:], there[1:], strict=True):
+            parts.append(here if here is None or to is None else to.copy_(here))
+        return TiltSample(*parts)  # type: ignore[arg-type]
+
+    def first(self, rows: int) -> TiltSample:
+        """The first `rows` rows."""
+        return TiltSample(*(None if t is None else t[:rows] for t in self))  # type: ignore[arg-type]
+
+
+WORDS = 5
+"""Of 64 bits, that a row of `TiltSample.in_memory` takes."""

@@ -12,6 +12,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,18 @@ from torch import Tensor
 
 from lenvm.candidates import Candidates
 from lenvm.guidance import Scores
-from lenvm_kernels import CandidateRows, Keep, RequestTables, extent, keep_chosen, place_candidates
+from lenvm_kernels import (
+    CandidateRows,
+    DrawBuffers,
+    Keep,
+    RequestTables,
+    TiltSample,
+    extent,
+    keep_chosen,
+    place_candidates,
+    tilt_sample,
+)
+from lenvm_kernels.dispatch import MAX_CANDIDATES
 from lenvm_sglang.attention import FusedPrefixBackend, SharedPrefixBackend
 from lenvm_sglang.batches import DecodeBatch
 from lenvm_sglang.graphs import Bucket, Fixed, ForwardGraphs, Graph, Record, buckets, cuda_recorder, make_graphs
@@ -61,9 +73,13 @@ class CandidateForward(ABC):
         """[R] tokens that the rows' targets have counted before this step's."""
         return place.emitted(batch)
 
-    def token_ids(self, batch: Any, place: Place) -> Tensor | None:
-        """[R, K'] int64 memory for the ids of the step's candidates, from where the forward reads them; None where it
-        does not care."""
+    def memory(self, batch: Any, place: Place) -> Candidates | None:
+        """[R, K'] memory for the step's candidates, from where they are scored and drawn; None where any will do."""
+        return None
+
+    def drawn(self, place: Place, candidates: Candidates) -> TiltSample | None:
+        """What the last `score` drew from the candidates [R, K'] as their rows ask, and noted for the next `follow`;
+        None where it drew nothing."""
         return None
 
     @abstractmethod
@@ -257,10 +273,11 @@ class FusedForward(PlacedForward):
     """Our own attention, and CUDA graphs once `capture` has made them. The host is not asked for lengths.
 
     Attributes:
-        graphs: of the forward; None runs it launch by launch.
+        graphs: of the forward, its heads and the draw; None runs them launch by launch, and leaves the draw out.
     """
 
     graphs: ForwardGraphs | None = None
+    _replayed: Graph | None = None
 
     def __init__(self, worker: ValueWorker) -> None:
         super().__init__(worker)
@@ -276,36 +293,65 @@ class FusedForward(PlacedForward):
         """As in the base class."""
         width = candidates.token_ids.shape[1]
         placed = self._take(batch, place, width)
-        token_ids = candidates.token_ids.reshape(-1)
+        self._replayed = placed.graph
         if placed.graph is None:
             rotary = self.worker.rotary(place, placed.rows.positions, width)
-            return self._forward(Fixed(placed.rows, token_ids, rotary), value)
-        return self.replay(placed.graph, place, token_ids, width)
+            return self._forward(placed.rows, candidates.token_ids.reshape(-1), rotary, value)
+        return self.replay(placed.graph, place, candidates.token_ids.reshape(-1), width)
 
-    def token_ids(self, batch: Any, place: Place) -> Tensor | None:
+    def memory(self, batch: Any, place: Place) -> Candidates | None:
         """As in the base class."""
-        placed, rows = self._placed, len(place.states)
-        if placed is None or placed.graph is None or not placed.of(batch, place, place.width):
+        if self.graphs is None:
             return None
-        return placed.graph.fixed.token_ids[: rows * place.width].view(rows, place.width)
+        placed = self._placed = self._take(batch, place, place.width)
+        return None if placed.graph is None else placed.graph.fixed.candidates(len(place.states))
+
+    def drawn(self, place: Place, candidates: Candidates) -> TiltSample | None:
+        """As in the base class; one launch, because the next step overwrites the graph's memory. The candidates' own
+        log p' stay there."""
+        graph, self._replayed = self._replayed, None
+        # its ids are always there, its log p only if `memory` was asked for and nothing was changed since
+        if graph is None or candidates.log_p.data_ptr() != graph.fixed.log_p.data_ptr():
+            return None
+        sample = graph.outcome.sample
+        if sample is None:
+            return None
+        return TiltSample.in_memory(sample.log_p, graph.fixed.results.clone()).first(len(place.states))
 
     def replay(self, graph: Graph, place: Place, token_ids: Tensor, width: int) -> Scores:
         """Scores [R, K] of the candidates `token_ids` [R * K], whose places are in the graph's memory."""
-        rows = len(token_ids) // width
-        if token_ids.data_ptr() != graph.fixed.token_ids.data_ptr():
-            graph.fixed.token_ids[: len(token_ids)].copy_(token_ids)
-        rotary = self.worker.rotary(place, graph.fixed.placed.positions[: len(token_ids)], width)
-        if rotary is not None and graph.fixed.rotary is not None:
-            graph.fixed.rotary[: len(token_ids)].copy_(rotary)
+        fixed, rows = graph.fixed, len(place.states)
+        if token_ids.data_ptr() != fixed.token_ids.data_ptr():
+            fixed.token_ids[:rows].copy_(token_ids.view(rows, width))
+        rotary = self.worker.rotary(place, fixed.placed.positions[: len(token_ids)], width)
+        if rotary is not None and fixed.rotary is not None:
+            fixed.rotary[: len(token_ids)].copy_(rotary)
         graph.replay()
-        log_q = graph.scores.length_log_q
-        return Scores(graph.scores.z[:rows], None if log_q is None else log_q[:rows])
+        scores = graph.outcome.scores
+        return Scores(scores.z[:rows], None if scores.length_log_q is None else scores.length_log_q[:rows])
 
-    def _forward(self, fixed: Fixed, value: bool = True) -> Scores:
-        placed = fixed.placed
+    def _forward(self, placed: CandidateRows, token_ids: Tensor, rotary: Tensor | None, value: bool = True) -> Scores:
         self.backend.rows = placed.shared(self.worker.base.req_to_token_pool.req_to_token)
-        batch = self.batch.fill(fixed.token_ids, placed.positions, placed.lengths, placed.own, fixed.rotary)
+        batch = self.batch.fill(token_ids, placed.positions, placed.lengths, placed.own, rotary)
         return self.run(batch, tuple(self.backend.rows.own.shape), value)
+
+    def _draw(self, fixed: Fixed, scores: Scores) -> TiltSample | None:
+        """From the candidates there, as the table of running requests says that their rows ask."""
+        rows, width = fixed.token_ids.shape
+        if width > MAX_CANDIDATES:
+            return None
+        worker, placed = self.worker, fixed.placed
+        rules = worker.places.table.rules()
+        return tilt_sample(
+            fixed.candidates(rows),
+            scores,
+            replace(rules.guidance, emitted=placed.emitted),
+            worker.lenvm,
+            rules.seed,
+            rules.greedy,
+            into=DrawBuffers(None, None, worker.chosen, placed.pool_rows, placed.own.view(rows, width), fixed.results),
+            ruled_by=placed.pool_rows,
+        )
 
     def probe(self) -> None:
         """As in the base class; the launch that also keeps KV is compiled too."""
@@ -313,7 +359,7 @@ class FusedForward(PlacedForward):
             one = self._bucket(1, 1)
             keep = Keep(self.worker.kv, self.worker.chosen, self.worker.places.scratch[:1, 0])
             keep_chosen(keep, torch.zeros_like(one.fixed.placed.pool_rows))
-            one.forward()
+            one.step()
 
     def capture(self, recorder: Callable[[], AbstractContextManager[Record]] = cuda_recorder) -> None:
         """Make the graphs. Where some cannot be made, the log says why, and batches of their size run without."""
@@ -337,7 +383,12 @@ class FusedForward(PlacedForward):
         table = self.worker.base.req_to_token_pool.req_to_token
         fixed = Fixed.empty(rows, width, self.worker.sees_images, table.device)
         self._fill(fixed, rows, width, 0)
-        return Bucket(fixed, lambda: self._forward(fixed), lambda: self._fill(fixed, max(rows - 1, 1), width, 1))
+        return Bucket(
+            fixed,
+            lambda: self._forward(fixed.placed, fixed.token_ids.view(-1), fixed.rotary),
+            lambda scores: self._draw(fixed, scores),
+            lambda: self._fill(fixed, max(rows - 1, 1), width, 1),
+        )
 
     def _fill(self, fixed: Fixed, rows: int, width: int, turn: int) -> int:
         """Candidates behind short prefixes in so many rows, others in each turn; gives the number of rows."""
@@ -346,15 +397,18 @@ class FusedForward(PlacedForward):
         pool_rows = n.flip(0) if turn else n
         lengths = n * (3 + 2 * turn) % _PREFIX + 1
         place_candidates(lengths, n * 0, pool_rows, scratch[pool_rows, :width], into=fixed.placed)
-        ids = torch.arange(len(fixed.token_ids), device=scratch.device)
+        ids = torch.arange(fixed.token_ids.numel(), device=scratch.device).view_as(fixed.token_ids)
         fixed.token_ids.copy_((ids * (1 + 6 * turn) + turn) % self.worker.vocabulary)
+        fixed.log_p.copy_(-((ids * 7 + turn) % 5))
+        fixed.is_stop.copy_(ids % 11 == 3 + turn)
         if fixed.rotary is not None:
             fixed.rotary.copy_(fixed.placed.positions + turn)
         return rows
 
     @contextmanager
     def _made_up_prefixes(self) -> Iterator[None]:
-        """Before anything is served: prefixes of tokens with random KV in the request table, taken away afterwards."""
+        """Before anything is served: prefixes of tokens with random KV in the request table, and rows of every rule,
+        taken away afterwards."""
         table, pool = self.worker.base.req_to_token_pool.req_to_token, self.worker.pool
         caches = [*pool.k_buffer, *pool.v_buffer]
         slots = min(64, self.worker.base.token_to_kv_pool.size)
@@ -364,7 +418,8 @@ class FusedForward(PlacedForward):
         for cache in caches:
             cache[:slots].normal_()
         try:
-            yield
+            with self.worker.places.table.made_up():
+                yield
         finally:
             table[:, :_PREFIX] = before[0]
             for cache, was in zip(caches, before[1], strict=True):

@@ -1,8 +1,10 @@
-"""The value model's forward over candidates as CUDA graphs, one for each bucket of rows and candidates.
+"""The value model's forward over candidates, its heads and the draw as CUDA graphs, one for each bucket of rows and
+candidates.
 
 A forward of a decode step is hundreds of launches of a few microseconds; a graph is one. A graph reads and writes fixed
-memory, so where candidates stand and their ids are written there, by the launches that find them (`place_candidates`,
-`build_candidates`). Rows that a batch does not fill stand for nobody: no prefix, and slot 0, the host's dump.
+memory, so the candidates and where they stand are written there, by the launches that find them (`place_candidates`,
+`build_candidates`); what their rows ask for it reads in the table of running requests. Rows that a batch does not fill
+stand for nobody: no prefix, slot 0, the host's dump, and row 0 of its request pool, which it gives to no request.
 """
 
 from __future__ import annotations
@@ -16,12 +18,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lenvm.candidates import Candidates
 from lenvm.guidance import Scores
-from lenvm_kernels import CandidateRows
+from lenvm_kernels import WORDS, CandidateRows, TiltSample
 
-Recorded = tuple[Callable[[], object], Scores]
-"""What does a forward again, and where its scores are then."""
-Record = Callable[[Callable[[], Scores]], Recorded]
+
+class Outcome(NamedTuple):
+    """Of a value step.
+
+    Attributes:
+        scores: [R, K].
+        sample: what was drawn with them, its results in `Fixed.results`; None where the draw is made elsewhere.
+    """
+
+    scores: Scores
+    sample: TiltSample | None
+
+
+Recorded = tuple[Callable[[], object], Outcome]
+"""What does a step again, and where its outcome is then."""
+Record = Callable[[Callable[[], Outcome]], Recorded]
 
 MOST_ROWS = 128
 MOST_CANDIDATES = 2048
@@ -35,37 +51,54 @@ class GraphError(RuntimeError):
 
 
 class Fixed(NamedTuple):
-    """What a forward of b x k candidates reads.
+    """The memory of a value step of b x k candidates.
 
     Attributes:
         placed: where they stand.
-        token_ids: [b * k] int64.
+        token_ids: [b, k] int64.
+        log_p: [b, k] float32, as of `Candidates`.
+        is_stop: [b, k] bool, likewise.
         rotary: [b * k] int64 rotary positions, for a model that reads images.
+        results: [WORDS, b] int64, of the draw.
     """
 
     placed: CandidateRows
     token_ids: Tensor
+    log_p: Tensor
+    is_stop: Tensor
     rotary: Tensor | None
+    results: Tensor
 
     @classmethod
     def empty(cls, rows: int, width: int, images: bool, device: torch.device) -> Fixed:
         """Room for `width` candidates in each of `rows` rows."""
-        ids = torch.zeros(rows * width, dtype=torch.int64, device=device)
-        return cls(CandidateRows.empty(rows, width, device), ids, torch.zeros_like(ids) if images else None)
+        ids = torch.zeros(rows, width, dtype=torch.int64, device=device)
+        return cls(
+            CandidateRows.empty(rows, width, device),
+            ids,
+            torch.zeros_like(ids, dtype=torch.float32),
+            torch.zeros_like(ids, dtype=torch.bool),
+            torch.zeros_like(ids).flatten() if images else None,
+            torch.zeros(WORDS, rows, dtype=torch.int64, device=device),
+        )
+
+    def candidates(self, rows: int) -> Candidates:
+        """Those of the first `rows` rows."""
+        return Candidates(self.token_ids[:rows], self.log_p[:rows], self.is_stop[:rows])
 
 
 class Graph(NamedTuple):
-    """A recorded forward.
+    """A recorded value step of b x k candidates.
 
     Attributes:
-        fixed: what it reads.
+        fixed: its memory.
         replay: does it again.
-        scores: [b, k], of the last time.
+        outcome: of the last time.
     """
 
     fixed: Fixed
     replay: Callable[[], object]
-    scores: Scores
+    outcome: Outcome
 
 
 def row_buckets(most: int) -> list[int]:
@@ -91,7 +124,7 @@ def bucket(size: int, buckets: Sequence[int]) -> int | None:
 
 
 class ForwardGraphs:
-    """Graphs of one forward.
+    """Graphs of the value step.
 
     Args:
         graphs: by bucket, (rows, candidates a row).
@@ -111,17 +144,24 @@ class ForwardGraphs:
 
 
 class Bucket(NamedTuple):
-    """A forward that is to become a graph.
+    """A value step that is to become a graph.
 
     Attributes:
-        fixed: the memory that it reads, filled with something that can be computed.
-        forward: does it on that memory.
+        fixed: its memory, filled with something that can be computed.
+        forward: scores the candidates there.
+        draw: draws from them by scores [b, k]; gives None where the draw is made elsewhere.
         change: fills the memory with something else, and fewer rows; gives their number.
     """
 
     fixed: Fixed
     forward: Callable[[], Scores]
+    draw: Callable[[Scores], TiltSample | None]
     change: Callable[[], int]
+
+    def step(self) -> Outcome:
+        """Both, as they are recorded."""
+        scores = self.forward()
+        return Outcome(scores, self.draw(scores))
 
 
 def make_graphs(
@@ -129,12 +169,12 @@ def make_graphs(
     buckets: Iterable[tuple[int, int]],
     recorder: Callable[[], AbstractContextManager[Record]],
 ) -> tuple[ForwardGraphs, dict[tuple[int, int], Exception]]:
-    """A graph of each bucket, compared with its forward on input that it was not recorded with.
+    """A graph of each bucket, compared with its step on input that it was not recorded with.
 
     Args:
-        make: a bucket's memory and forward.
+        make: a bucket's memory and step.
         buckets: (rows, candidates a row).
-        recorder: makes a graph of a forward.
+        recorder: makes a graph of a step.
 
     Returns:
         The graphs, and what kept the others from being made: whatever a driver raises, or a GraphError.
@@ -146,7 +186,7 @@ def make_graphs(
         for size in sorted(buckets, key=lambda s: s[0] * s[1], reverse=True):
             try:
                 one = make(*size)
-                made[size] = Graph(one.fixed, *record(one.forward)), one
+                made[size] = Graph(one.fixed, *record(one.step)), one
             except Exception as error:
                 failed[size] = error
     # what a host does at the end of its recording is done, and each has seen what the others did to their memory
@@ -154,23 +194,31 @@ def make_graphs(
         try:
             rows = one.change()
             graph.replay()
-            _compare(graph.scores, one.forward(), rows)
+            _compare(graph.outcome, one, rows)
         except Exception as error:
             failed[size] = error
     return ForwardGraphs({size: graph for size, (graph, _) in made.items() if size not in failed}), failed
 
 
-def _compare(found: Scores, wanted: Scores, rows: int) -> None:
-    """Of the first rows; the others' candidates all stand in one slot, and say what the last to be written there says.
+def _compare(outcome: Outcome, one: Bucket, rows: int) -> None:
+    """A graph's scores with those of its forward, and what it drew with what its own scores call for. Of the first
+    rows; the others' candidates all stand in one slot, and say what the last to be written there says.
 
     Raises:
         GraphError: they differ.
     """
+    found, wanted, size = outcome.scores, one.forward(), " x ".join(map(str, outcome.scores.z.shape))
     for a, b in ((found.z, wanted.z), (found.length_log_q, wanted.length_log_q)):
         if a is not None and b is not None and not torch.allclose(a[:rows], b[:rows], rtol=_TOLERANCE, atol=_TOLERANCE):
             worst = float((a[:rows] - b[:rows]).abs().max())
-            size = " x ".join(map(str, found.z.shape))
             raise GraphError(f"the graph of {size} candidates differs from its forward by {worst:.3g}")
+    if outcome.sample is None:
+        return
+    drawn, redrawn = outcome.sample.moved(torch.empty_like(one.fixed.results)), one.draw(found)
+    assert redrawn is not None
+    for name, a, b in zip(TiltSample._fields, drawn.first(rows), redrawn.first(rows), strict=True):
+        if a is not None and b is not None and not torch.equal(a.nan_to_num(), b.nan_to_num()):
+            raise GraphError(f"the graph of {size} candidates draws with another {name} than its scores call for")
 
 
 @contextmanager
@@ -194,13 +242,13 @@ def cuda_recorder() -> Iterator[Record]:
     pool = torch.cuda.graph_pool_handle()
     with _frozen_heap(), model_capture_mode(), graph_capture() as context:
 
-        def record(forward: Callable[[], Scores]) -> Recorded:
+        def record(step: Callable[[], Outcome]) -> Recorded:
             for _ in range(2):  # compile, allocate
-                forward()
+                step()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=context.stream):
-                scores = forward()
-            return graph.replay, scores
+                outcome = step()
+            return graph.replay, outcome
 
         yield record

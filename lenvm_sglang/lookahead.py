@@ -21,7 +21,7 @@ from lenvm.candidates import Candidates
 from lenvm.format import LenvmConfig, read_lenvm_config
 from lenvm.guidance import Scores
 from lenvm.heads import LookaheadHead
-from lenvm_kernels import DrawBuffers, lookahead_scores
+from lenvm_kernels import DrawBuffers, TiltSample, lookahead_scores
 from lenvm_sglang.attention import SharedPrefixBackend
 from lenvm_sglang.batches import DecodeBatch
 from lenvm_sglang.graphs import width_buckets
@@ -126,8 +126,12 @@ class LookaheadWorker(ValueWorker):
             self.tokens.init_forward_metadata(token)
         return self.forward(token, self.tokens)
 
-    def token_ids(self, batch: Any, place: Place) -> Tensor | None:
-        """Any memory will do for the ids of the step's candidates."""
+    def memory(self, batch: Any, place: Place) -> Candidates | None:
+        """Any memory will do for the step's candidates."""
+        return None
+
+    def drawn(self, place: Place, candidates: Candidates) -> TiltSample | None:
+        """Nothing is drawn where candidates are scored."""
         return None
 
     def emitted(self, batch: Any, place: Place) -> Tensor:
@@ -236,8 +240,12 @@ class AttachedWorker:
         self.scored_rows += len(place.slots)
         return self.ahead.scores(place.slots, candidates, value)
 
-    def token_ids(self, batch: Any, place: Place) -> Tensor | None:
-        """Any memory will do for the ids of the step's candidates."""
+    def memory(self, batch: Any, place: Place) -> Candidates | None:
+        """Any memory will do for the step's candidates."""
+        return None
+
+    def drawn(self, place: Place, candidates: Candidates) -> TiltSample | None:
+        """Nothing is drawn where candidates are scored."""
         return None
 
     def emitted(self, batch: Any, place: Place) -> Tensor:

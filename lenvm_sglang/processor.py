@@ -225,7 +225,7 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             place.width,
             guidance if place.strict else None,
             place.reach,
-            worker.token_ids(batch, place),
+            worker.memory(batch, place),
         )
         candidates = self._fewer(candidates, parameters, guidance)
         thinking, scored = place.thinking, candidates
@@ -245,18 +245,21 @@ class LengthValueLogitProcessor(CustomLogitProcessor):  # type: ignore[misc]
             else:
                 over = to_device([state.thought for state in rows.states], torch.bool, logits.device)
             guidance = aim(guidance, parameters.think_end, over, scored, scores, worker.lenvm)
-        sample = tilt_sample(
-            candidates,
-            scores,
-            guidance,
-            worker.lenvm,
-            parameters.seed,
-            parameters.greedy,
-            present,
-            statistics=self.metrics is not None,
-            lengths=place.reported is not None,
-            into=worker.draw_buffers(place, step.logits if step.one_hot else None),
-        )
+        # by the rows' own rules, and into no logits
+        sample = None if thinking or step.one_hot else worker.drawn(place, candidates)
+        if sample is None:
+            sample = tilt_sample(
+                candidates,
+                scores,
+                guidance,
+                worker.lenvm,
+                parameters.seed,
+                parameters.greedy,
+                present,
+                statistics=self.metrics is not None,
+                lengths=place.reported is not None,
+                into=worker.draw_buffers(place, step.logits if step.one_hot else None),
+            )
         if self.metrics is not None:
             assert sample.status is not None
             step.outputs.append(FallbackOutput(self.metrics, sample.status))

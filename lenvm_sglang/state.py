@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lenvm.candidates import SamplingRows
-from lenvm.guidance import GuidanceRows
+from lenvm.guidance import Control, GuidanceRows, Mode
 from lenvm.request import LengthRequest
 from lenvm_sglang.scope import Scope
 
@@ -134,6 +135,20 @@ class RowParameters(NamedTuple):
         return replace(self.guidance, emitted=emitted)
 
 
+class Rules(NamedTuple):
+    """What the rows of a table ask for, [P] each; views of it, so that they say what is written later, too.
+
+    Attributes:
+        guidance: `emitted` is not of any row, `strict` int64.
+        seed: int64.
+        greedy: int64, not 0 where the arg max is taken.
+    """
+
+    guidance: GuidanceRows
+    seed: Tensor
+    greedy: Tensor
+
+
 class RowTable:
     """Parameters of running requests on the device, one row for each slot of the host's request pool.
 
@@ -162,6 +177,39 @@ class RowTable:
         self.ints[slots] = to_device(ints, torch.int64, self.device)
         self.floats[slots] = to_device(floats, torch.float32, self.device)
         self.stops[slots] = to_device(stops, torch.int64, self.device)
+
+    def rules(self) -> Rules:
+        """What `tilt_sample` reads of all rows, in memory that stays where it is."""
+        i = dict(zip(_INT_COLUMNS, self.ints.unbind(1), strict=True))
+        f = dict(zip(_FLOAT_COLUMNS, self.floats.unbind(1), strict=True))
+        guidance = GuidanceRows(
+            mode=i["mode"],
+            control=i["control"],
+            target=i["target"],
+            emitted=i["start"],
+            sharpness=f["sharpness"],
+            tolerance=f["tolerance"],
+            strict=i["strict"],
+            bias=f["bias"],
+        )
+        return Rules(guidance, i["seed"], i["greedy"])
+
+    @contextmanager
+    def made_up(self) -> Iterator[None]:
+        """Before anything is served: rows of every control and mode, taken away afterwards."""
+        n = torch.arange(len(self.ints), device=self.device)
+        ints = {"mode": n % len(Mode), "control": n % len(Control), "target": n % 9 + 2, "seed": n * 977}
+        ints["greedy"] = n % 4 // 3
+        floats = {"sharpness": 1.0 + n % 3, "tolerance": n % 2 * 0.1 * (ints["mode"] == Mode.EQUAL_TO), "bias": n - 3.0}
+        before = self.ints.clone(), self.floats.clone()
+        for table, names, columns in ((self.ints, _INT_COLUMNS, ints), (self.floats, _FLOAT_COLUMNS, floats)):
+            for name, column in columns.items():
+                table[:, names.index(name)] = column.to(table.dtype)
+        try:
+            yield
+        finally:
+            self.ints.copy_(before[0])
+            self.floats.copy_(before[1])
 
     def parameters(self, slots: Tensor, stops: int, **known: bool) -> RowParameters:
         """Parameters of the rows `slots` [R]; they do not change while the requests run, except `emitted` (0 here).

@@ -25,7 +25,7 @@ from torch import Tensor
 from lenvm.candidates import Candidates
 from lenvm.format import LenvmConfig, read_lenvm_config
 from lenvm.guidance import Scores
-from lenvm_kernels import DrawBuffers, Keep, SlotBuffers, uses_triton
+from lenvm_kernels import DrawBuffers, Keep, SlotBuffers, TiltSample, uses_triton
 from lenvm_kernels.dispatch import HALVES, MAX_FEATURES
 from lenvm_sglang.batches import select_rows
 from lenvm_sglang.forwards import CandidateForward, FusedForward, GatheredForward, HostForward
@@ -225,9 +225,13 @@ class ValueWorker:
         """[R] tokens that the rows' targets have counted before this step's."""
         return self.candidates.emitted(batch, place)
 
-    def token_ids(self, batch: Any, place: Place) -> Tensor | None:
-        """[R, K'] int64 memory for the ids of the step's candidates; None where any will do."""
-        return self.candidates.token_ids(batch, place)
+    def memory(self, batch: Any, place: Place) -> Candidates | None:
+        """[R, K'] memory for the step's candidates; None where any will do."""
+        return self.candidates.memory(batch, place)
+
+    def drawn(self, place: Place, candidates: Candidates) -> TiltSample | None:
+        """What the last `score` drew from the candidates as their rows ask; None where it drew nothing."""
+        return self.candidates.drawn(place, candidates)
 
     def host_lengths(self, batch: Any, place: Place) -> Tensor:
         """[R] at least as many tokens as each row has read: the host's mirror of the sequence lengths, or, where it

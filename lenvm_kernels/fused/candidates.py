@@ -185,7 +185,7 @@ def build_candidates(
     max_candidates: int,
     guidance: GuidanceRows | None,
     reach: int,
-    into: Tensor | None,
+    into: Candidates | None,
 ) -> Candidates:
     """Launch; arguments as in `lenvm_kernels.dispatch.build_candidates`."""
     logits, stops = rowwise(logits), rowwise(stop_token_ids)
@@ -206,9 +206,9 @@ def build_candidates(
             logits, temperature, stops, mass, logits.stride(0), temperature.stride(0), stops.stride(0),
             vocabulary, stop_count, parts, CHUNK=CHUNK, BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    token_ids = torch.empty(rows, width, dtype=torch.int64, device=device) if into is None else into
-    log_p = torch.empty(rows, width, dtype=torch.float32, device=device)
-    is_stop = torch.empty(rows, width, dtype=torch.uint8, device=device)
+    if into is None:
+        dtypes = torch.int64, torch.float32, torch.bool
+        into = Candidates(*(torch.empty(rows, width, dtype=dtype, device=device) for dtype in dtypes))
     filters = (temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     bounds = (
         (sampling.top_k,) * 5  # not read
@@ -217,10 +217,10 @@ def build_candidates(
     )
     block = max(16, triton.next_power_of_2(max(count, stop_count)))
     cut_kernel[(rows,)](
-        logits, top, top_id, mass, stops, *filters, *bounds, token_ids, log_p, is_stop,
+        logits, top, top_id, mass, stops, *filters, *bounds, into.token_ids, into.log_p, as_bytes(into.is_stop),
         logits.stride(0), stops.stride(0), *(f.stride(0) for f in filters), *(b.stride(0) for b in bounds),
         vocabulary, stop_count, count, top.shape[1], parts, width,
         BLOCK_N=block, BLOCK_PARTS=triton.next_power_of_2(parts), BOUNDS=guidance is not None,
         FILTERED=not sampling.unfiltered, TIES=count < vocabulary, MASSES=masses, num_warps=4,
     )  # fmt: skip
-    return Candidates(token_ids=token_ids, log_p=log_p, is_stop=is_stop.view(torch.bool))
+    return Candidates(into.token_ids, into.log_p, into.is_stop)  # what `into` may know of its last contents is past

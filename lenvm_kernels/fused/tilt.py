@@ -28,7 +28,7 @@ from lenvm.guidance import Control, GuidanceRows, Mode, Scores
 from lenvm.lognormal import lognormal_log_q
 from lenvm_kernels.buffers import DrawBuffers
 from lenvm_kernels.fused.common import NEG_INF, NO_TOKEN, as_bytes, keyed_gumbel, log_sum_exp, rowwise
-from lenvm_kernels.results import Status, TiltSample
+from lenvm_kernels.results import WORDS, Status, TiltSample
 
 _AT_MOST = tl.constexpr(int(Mode.AT_MOST))
 _AT_LEAST = tl.constexpr(int(Mode.AT_LEAST))
@@ -162,21 +162,21 @@ def hard_choice(kept, stop, raw, token, z, wanted, mode):
     return best & (token == tl.min(tl.where(best, token, NO_TOKEN), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "R"])  # a kernel for each size of a graph would take long to compile
 def tilt_sample_kernel(
     LOG_P, TOKEN, STOP, Z, LOG_Q, CENTRE, MEAN, DECAY,
     MODE, CONTROL, TARGET, EMITTED, SHARPNESS, TOLERANCE, BIAS, SEED, GREEDY,
     OUT, SLOT, CHOSEN, STATS, STATUS,
-    LOGITS, INDEX, KEPT_SLOT, POOL_ROW, SCRATCH,
+    LOGITS, INDEX, KEPT_SLOT, POOL_ROW, SCRATCH, RULED_BY,
     log_p_row, token_row, stop_row, z_row, log_q_row, log_q_slot,
     mode_row, control_row, target_row, emitted_row, sharpness_row, tolerance_row, bias_row, seed_row, greedy_row,
     logits_row, scratch_row,
     K, B, R, V,
     BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, HAS_Q: tl.constexpr, LENGTH_FROM_Q: tl.constexpr,
-    WRITE: tl.constexpr, INDEXED: tl.constexpr, REMEMBER: tl.constexpr,
+    WRITE: tl.constexpr, INDEXED: tl.constexpr, REMEMBER: tl.constexpr, RULED: tl.constexpr,
 ):  # fmt: skip
-    """One row: [K] candidates, [K, B] length log-probabilities. With WRITE, further programs of the row fill its
-    logits, all but those of its candidates, which are left to the first."""
+    """One row: [K] candidates, [K, B] length log-probabilities; with RULED, another row says how. With WRITE, further
+    programs of the row fill its logits, all but those of its candidates, which are left to the first."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     if WRITE:
@@ -189,10 +189,11 @@ def tilt_sample_kernel(
             tl.store(LOGITS + batch_row * logits_row + v, NEG_INF, mask=other)
             return
     inside = k < K
-    mode = tl.load(MODE + row * mode_row).to(tl.int32)
-    control = tl.load(CONTROL + row * control_row).to(tl.int32)
+    rule = tl.load(RULED_BY + row) if RULED else row
+    mode = tl.load(MODE + rule * mode_row).to(tl.int32)
+    control = tl.load(CONTROL + rule * control_row).to(tl.int32)
     emitted = tl.load(EMITTED + row * emitted_row)
-    left = tl.load(TARGET + row * target_row) - emitted - 1
+    left = tl.load(TARGET + rule * target_row) - emitted - 1
     decay = tl.load(DECAY)
 
     raw = tl.load(LOG_P + row * log_p_row + k, mask=inside, other=NEG_INF)
@@ -215,7 +216,7 @@ def tilt_sample_kernel(
     bad = (control != _NONE) & (control != _POSTERIOR) & bad_z
     vanished = control < 0  # false
     if HAS_Q:
-        tolerance = tl.load(TOLERANCE + row * tolerance_row).to(tl.float64)
+        tolerance = tl.load(TOLERANCE + rule * tolerance_row).to(tl.float64)
         # softmax over the bins in one reading: every lane keeps the highest logit it has met, and its sums relative to
         # that; a tile of few bins at a time keeps the float64 of `bin_kernel` in registers
         highest = tl.full((BLOCK_K, BLOCK_B), NEG_INF, tl.float32)
@@ -251,10 +252,10 @@ def tilt_sample_kernel(
             weight = tl.where(kept, tl.where(stop, at_zero, weight), 0.0)
             bad = tl.max((scored & (total_mass != total_mass)).to(tl.int32), 0) > 0
             vanished = ~bad & (tl.max(weight, 0) <= _FLOOR) & ~empty
-            sharpness = tl.load(SHARPNESS + row * sharpness_row).to(tl.float64)
+            sharpness = tl.load(SHARPNESS + rule * sharpness_row).to(tl.float64)
             guided = base + sharpness * tl.log(weight + _FLOOR)
     if control == _BIAS:
-        guided = base + tl.load(BIAS + row * bias_row).to(tl.float64) * u
+        guided = base + tl.load(BIAS + rule * bias_row).to(tl.float64) * u
     if control == _HARD:
         best = hard_choice(kept, stop, raw, token, z, wanted, mode)
         guided = tl.where(best, wanted * 0.0, NEG_INF)
@@ -270,8 +271,8 @@ def tilt_sample_kernel(
     tl.store(OUT + row * K + k, out, mask=inside)
 
     score = tl.where(kept, out, NEG_INF).to(tl.float64)
-    if tl.load(GREEDY + row * greedy_row) == 0:
-        score = score + keyed_gumbel(tl.load(SEED + row * seed_row), emitted, token)
+    if tl.load(GREEDY + rule * greedy_row) == 0:
+        score = score + keyed_gumbel(tl.load(SEED + rule * seed_row), emitted, token)
     best = inside & (score == tl.max(score, 0))
     chosen = tl.min(tl.where(best, token, NO_TOKEN), 0)
     slot = tl.min(tl.where(best & (token == chosen), k, BLOCK_K), 0)
@@ -314,6 +315,7 @@ def tilt_sample(
     greedy: Tensor,
     present: Collection[Control] | None,
     into: DrawBuffers | None = None,
+    ruled_by: Tensor | None = None,
 ) -> TiltSample:
     """Launch; arguments as in `lenvm_kernels.dispatch.tilt_sample`."""
     log_q, centres = scores.length_log_q, tuple(lenvm.bins)
@@ -329,14 +331,16 @@ def tilt_sample(
     centre, mean, decay = _tables(centres, lenvm.gamma, device)
     quantities = rowwise(log_q.float()) if log_q is not None else log_p[..., None]
     out = torch.empty(rows, slots, dtype=torch.float32, device=device)
-    slot = torch.empty(rows, dtype=torch.int64, device=device)
-    chosen = torch.empty(rows, dtype=torch.int64, device=device)
-    stats = torch.empty(4, rows, dtype=torch.float32, device=device)
-    status = torch.empty(rows, dtype=torch.int32, device=device)
+    memory = None if into is None else into.results
+    if memory is None:
+        memory = torch.empty(WORDS, rows, dtype=torch.int64, device=device)
+    sample = TiltSample.in_memory(out, memory)
+    slot = sample.slot
     g = guidance
     row_values = (g.mode, g.control, g.target, g.emitted, g.sharpness, g.tolerance, g.bias, seed, as_bytes(greedy))
     block_k = max(16, triton.next_power_of_2(slots))
     buffers, vocabulary, options = (slot,) * 5, 0, {"WRITE": False, "INDEXED": False, "REMEMBER": False}  # not read
+    ruling = slot if ruled_by is None else ruled_by
     if into is not None:
         logits, index, kept = (slot if t is None else t for t in (into.logits, into.rows, into.chosen))
         if into.logits is not None:
@@ -347,15 +351,14 @@ def tilt_sample(
         options = dict(zip(names, (t is not None for t in (into.logits, into.rows, into.chosen)), strict=True))
     tilt_sample_kernel[(rows, 1 + triton.cdiv(vocabulary, _FILL.value))](
         log_p, token_ids, stop, z, quantities, centre, mean, decay, *row_values,
-        out, slot, chosen, stats, status, *buffers,
+        out, slot, sample.token_id, sample.length, sample.status, *buffers, ruling,
         log_p.stride(0), token_ids.stride(0), stop.stride(0), z.stride(0), quantities.stride(0), quantities.stride(1),
         *(value.stride(0) for value in row_values), buffers[0].stride(0), buffers[4].stride(0),
         slots, len(centres), rows, vocabulary,
         BLOCK_K=block_k, BLOCK_B=BLOCK_B, HAS_Q=log_q is not None,
-        LENGTH_FROM_Q=from_q, **options, num_warps=warps(block_k, log_q is not None),
+        LENGTH_FROM_Q=from_q, **options, RULED=ruled_by is not None, num_warps=warps(block_k, log_q is not None),
     )  # fmt: skip
-    length, value, expected_value, kl = stats.unbind(0)
-    return TiltSample(out, slot, chosen, length, value, expected_value, kl, status)
+    return sample
 
 
 def warps(block_k: int, has_q: bool) -> int:

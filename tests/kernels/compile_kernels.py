@@ -29,7 +29,9 @@ TILT = {
     **{"Z": "*fp32", "LOG_Q": "*fp32", "CENTRE": "*fp64", "DECAY": "*fp64", "STATUS": "*i32"},
     **{"LOGITS": "*fp32", **dict.fromkeys(["INDEX", "KEPT_SLOT", "POOL_ROW", "SCRATCH"], "*i64")},
 }
-WRITE = {"WRITE": True, "INDEXED": True, "REMEMBER": True}
+EAGER = {"WRITE": True, "INDEXED": True, "REMEMBER": True, "RULED": False}
+GRAPH = {"WRITE": False, "INDEXED": False, "REMEMBER": True, "RULED": True}
+"""Of `tilt_sample` launched by itself, and in a CUDA graph."""
 CUT = {
     **dict.fromkeys(["TOP_ID", "STOPS", "TOP_K", "MODE", "CONTROL", "TARGET", "EMITTED", "TOKEN"], "*i64"),
     **dict.fromkeys(["MASS", "TEMPERATURE", "TOP_P", "MIN_P", "LOG_P"], "*fp32"),
@@ -62,10 +64,12 @@ AFTER_SIZES = {"BLOCK_K": lookahead.BLOCK_K, "BLOCK_R": lookahead.BLOCK_R, "BLOC
 TILES = {"BLOCK_M": value_head.BLOCK_M, "BLOCK_N": value_head.BLOCK_N, "BLOCK_H": value_head.BLOCK_H}
 
 
-def tilt_case(slots: int, bins: bool) -> tuple[str, Any, dict[str, str], dict[str, Any], int, int]:
-    constants = {"BLOCK_K": slots, "BLOCK_B": tilt.BLOCK_B, "HAS_Q": bins, "LENGTH_FROM_Q": bins, **WRITE}
-    name = f"tilt_sample K={slots}{' with bins' if bins else ''}"
-    return name, tilt.tilt_sample_kernel, TILT, constants, tilt.warps(slots, bins), 1
+def tilt_case(slots: int, bins: bool, graph: bool = False) -> tuple[str, Any, dict[str, str], dict[str, Any], int, int]:
+    constants = {"BLOCK_K": slots, "BLOCK_B": tilt.BLOCK_B, "HAS_Q": bins, "LENGTH_FROM_Q": bins}
+    name = f"tilt_sample K={slots}{' with bins' if bins else ''}{' in a graph' if graph else ''}"
+    pointers = {**TILT, "RULED_BY": "*i64", "GREEDY": "*i64" if graph else "*u8"}
+    constants |= GRAPH if graph else EAGER
+    return name, tilt.tilt_sample_kernel, pointers, constants, tilt.warps(slots, bins), 1
 
 
 def attend_case(pairs: int, cut: int) -> tuple[str, Any, dict[str, str], dict[str, Any], int, int]:
@@ -86,6 +90,7 @@ def attend_case(pairs: int, cut: int) -> tuple[str, Any, dict[str, str], dict[st
 
 CASES: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = [
     tilt_case(16, True),
+    tilt_case(16, True, graph=True),
     tilt_case(64, True),
     tilt_case(16, False),
     *(attend_case(pairs, cut) for pairs in (6, 24, 64, 96) for cut in (1, 4)),
@@ -119,7 +124,7 @@ CASES: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = [
     ("lookahead: scores", lookahead.scores_kernel, AFTER, AFTER_SIZES, lookahead.WARPS, lookahead.STAGES),
 ]
 
-SHORT = [CASES[0], *CASES[3:]]
+SHORT = [*CASES[:2], *CASES[4:]]
 """For the other generations: the shapes that serve."""
 
 

@@ -26,7 +26,7 @@ def test_compiled() -> None:
         "or (check_compiled and not mutant and not itself)"
     )
     files = (f"{CHECKS}/check_{name}.py" for name in ("tilt", "properties", "parts", "step", "compiled"))
-    run_checks(36, *files, "-k", chosen)
+    run_checks(38, *files, "-k", chosen)
 
 
 def test_where_machine_code_cannot_be_kept_it_is_compiled_all_the_same() -> None:

@@ -108,9 +108,10 @@ def test_of_equal_logits_a_device_takes_those_of_the_core() -> None:
     step.logits = step.logits.round()
     ban, force = strict_bounds(step.rows)
     want = dispatch.reference.core.build_candidates(step.logits, step.sampling, step.stops, 16, ban, force)
-    here, ids = Step(DEVICE), torch.empty(ROWS, 16, dtype=torch.int64, device=DEVICE)
-    found = build_candidates(step.logits.to(DEVICE), here.sampling, step.stops.to(DEVICE), 16, here.rows, 20, ids)
-    assert found.token_ids is ids
+    here, dtypes = Step(DEVICE), (torch.int64, torch.float32, torch.bool)
+    into = Candidates(*(torch.empty(ROWS, 16, dtype=dtype, device=DEVICE) for dtype in dtypes))
+    found = build_candidates(step.logits.to(DEVICE), here.sampling, step.stops.to(DEVICE), 16, here.rows, 20, into)
+    assert found.log_p is into.log_p
     assert torch.equal(found.kept.cpu(), want.kept)
     assert torch.equal(found.token_ids.cpu()[want.kept], want.token_ids[want.kept])
 

@@ -35,4 +35,4 @@ def test_ties_and_bad_scores() -> None:
 def test_all() -> None:
     """Against float64, properties, edges and planted bugs: one process, because each has to import Triton."""
     names = ("tilt", "properties", "parts", "step", "attend", "lookahead", "mutants")
-    run_checks(114, *(f"{CHECKS}/check_{name}.py" for name in names), TRITON_INTERPRET="1")
+    run_checks(116, *(f"{CHECKS}/check_{name}.py" for name in names), TRITON_INTERPRET="1")

@@ -2,13 +2,13 @@
 `python -m tests.sglang.paths BASE LENVM [fused | graphs | host | parts | triton] [few] [images] [broken | unfit]`.
 
 With one of these words and TRITON_INTERPRET=1 every kernel of ours runs as on a GPU, in Triton's interpreter: launches,
-buffers and bookkeeping are those of a GPU. `fused` is our own attention; `graphs` replays its forward on the memory of
-CUDA graphs, by running it again; `host` is the host's attention, and `parts` leaves room for so few candidates in its
-forward that the batch takes several. `triton` is the host's attention with its kernels for a GPU, in the interpreter
-too, for the base model and for all forwards of the value model; that takes so long that it is for `few` answers, and
-`images` is for models that could read some. With `broken` the steered ones are asked alone, and after its first token
-the value model raises for one of them. With `unfit` our attention on a CPU raises from the start. Prints one JSON list
-of token lists.
+buffers and bookkeeping are those of a GPU. `fused` is our own attention; `graphs` replays its forward and the draw on
+the memory of CUDA graphs, by running them again; `host` is the host's attention, and `parts` leaves room for so few
+candidates in its forward that the batch takes several. `triton` is the host's attention with its kernels for a GPU, in
+the interpreter too, for the base model and for all forwards of the value model; that takes so long that it is for `few`
+answers, and `images` is for models that could read some. With `broken` the steered ones are asked alone, and after its
+first token the value model raises for one of them. With `unfit` our attention on a CPU raises from the start. Prints
+one JSON list of token lists.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from unittest import mock
 
 from benchmarks.inprocess import InProcess, quiet
 from lenvm.guidance import Scores
-from lenvm_sglang import forwards
+from lenvm_sglang import forwards, processor
 from lenvm_sglang.attention import AttentionError, SharedPrefixBackend
-from lenvm_sglang.graphs import Record, Recorded, buckets
+from lenvm_sglang.graphs import Outcome, Record, Recorded, buckets
 from tests.kernels.checks import quick
 from tests.sglang.models import prompts
 
@@ -75,16 +75,19 @@ def again() -> Iterator[Record]:
     """Records a forward as a CUDA graph would, but for the graph: to replay is to run it again, on the memory and into
     the memory of the first time."""
 
-    def record(forward: Callable[[], Scores]) -> Recorded:
-        scores = forward()
+    def record(step: Callable[[], Outcome]) -> Recorded:
+        outcome = step()
+        scores = outcome.scores
 
         def replay() -> None:
-            fresh = forward()
+            fresh, sample = step()
             scores.z.copy_(fresh.z)
             if scores.length_log_q is not None and fresh.length_log_q is not None:
                 scores.length_log_q.copy_(fresh.length_log_q)
+            if outcome.sample is not None and sample is not None:  # its other parts are in memory that it was given
+                outcome.sample.log_p.copy_(sample.log_p)
 
-        return replay, scores
+        return replay, outcome
 
     yield record
 
@@ -132,6 +135,9 @@ def main() -> None:
                 engine.worker.candidates.capture(again)
             rows, widths = engine.worker.request_rows, engine.worker.widths
             assert len(engine.worker.candidates.graphs) == len(buckets(rows, widths))
+            with mock.patch.object(processor, "tilt_sample") as launched:
+                ask(engine, [0, STEERED - 1], 3)
+            assert not launched.called, "a token was drawn outside the graph"
     print(json.dumps(ask(engine, [0, STEERED], 5) if "few" in words else answers(engine)))
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lenvm.guidance import Scores
 from lenvm.request import LengthRequest
+from lenvm_kernels import TiltSample
 from lenvm_sglang.attention import AttentionError
 from lenvm_sglang.forwards import FusedForward
 from lenvm_sglang.graphs import (
@@ -24,6 +25,7 @@ from lenvm_sglang.graphs import (
     Bucket,
     Fixed,
     GraphError,
+    Outcome,
     Record,
     Recorded,
     bucket,
@@ -66,14 +68,18 @@ def test_no_graph_is_larger_than_what_pays() -> None:
 
 
 def make(rows: int, width: int) -> Bucket:
-    """A forward whose scores are its tokens."""
+    """A forward whose scores are its tokens, and a draw that takes the highest."""
     fixed = Fixed.empty(rows, width, False, CPU)
+
+    def draw(scores: Scores) -> TiltSample:
+        slot = scores.z.argmax(-1)
+        return TiltSample(scores.z, slot, fixed.token_ids.gather(1, slot[:, None])[:, 0]).moved(fixed.results)
 
     def change() -> int:
         fixed.token_ids.add_(3)
         return max(rows - 1, 1)
 
-    return Bucket(fixed, lambda: Scores(fixed.token_ids.view(rows, width).float() * 2, None), change)
+    return Bucket(fixed, lambda: Scores(fixed.token_ids.float() * 2, None), draw, change)
 
 
 def test_a_graph_is_found_by_its_bucket_and_reads_its_memory() -> None:
@@ -82,9 +88,11 @@ def test_a_graph_is_found_by_its_bucket_and_reads_its_memory() -> None:
     assert not failed
     graph = graphs.find(2, 3)
     assert graph is not None
-    graph.fixed.token_ids[:6] = torch.arange(6)
+    graph.fixed.token_ids[:2] = torch.arange(6).view(2, 3)
     graph.replay()
-    assert graph.scores.z[:2].tolist() == [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0]]
+    assert graph.outcome.scores.z[:2].tolist() == [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0]]
+    assert graph.outcome.sample is not None
+    assert graph.outcome.sample.token_id[:2].tolist() == [2, 5]
     assert graphs.find(5, 3) is None
     assert graphs.find(1, 2) is None
 
@@ -93,22 +101,41 @@ def test_a_graph_is_found_by_its_bucket_and_reads_its_memory() -> None:
 def frozen() -> Iterator[Record]:
     """Graphs into which their input was baked when they were recorded."""
 
-    def record(forward: Callable[[], Scores]) -> Recorded:
-        scores = Scores(forward().z.clone(), None)
-        return (lambda: None), scores
+    def record(step: Callable[[], Outcome]) -> Recorded:
+        scores, sample = step()
+        return (lambda: None), Outcome(Scores(scores.z.clone(), None), sample)
 
     yield record
+
+
+@contextmanager
+def misled() -> Iterator[Record]:
+    """Their draw is not of their scores."""
+    with again() as one:
+
+        def record(step: Callable[[], Outcome]) -> Recorded:
+            replay, outcome = one(step)
+            assert outcome.sample is not None
+            drawn = outcome.sample.token_id
+
+            def late() -> None:
+                replay()
+                drawn.sub_(3)
+
+            return late, outcome
+
+        yield record
 
 
 @contextmanager
 def no_room() -> Iterator[Record]:
     """There is memory for small graphs only."""
 
-    def record(forward: Callable[[], Scores]) -> Recorded:
-        if forward().z.numel() > 3:
+    def record(step: Callable[[], Outcome]) -> Recorded:
+        if step().scores.z.numel() > 3:
             raise MemoryError("out of memory")
         with again() as one:
-            return one(forward)
+            return one(step)
 
     yield record
 
@@ -124,20 +151,23 @@ def test_a_graph_that_says_something_else_is_left_out() -> None:
     assert len(graphs) == 0
     assert isinstance(failed[2, 3], GraphError)
     assert "2 x 3 candidates differs from its forward by 6" in str(failed[2, 3])
+    graphs, failed = make_graphs(make, [(2, 3)], misled)
+    assert len(graphs) == 0
+    assert "2 x 3 candidates draws with another token_id than its scores call for" in str(failed[2, 3])
 
 
 @contextmanager
 def dumping() -> Iterator[Record]:
     """What a row says that stands for nobody is left to chance."""
 
-    def record(forward: Callable[[], Scores]) -> Recorded:
-        scores = forward()
+    def record(step: Callable[[], Outcome]) -> Recorded:
+        outcome = step()
 
         def replay() -> None:
-            scores.z.copy_(forward().z)
-            scores.z[1:] = torch.nan
+            outcome.scores.z.copy_(step().scores.z)
+            outcome.scores.z[1:] = torch.nan
 
-        return replay, scores
+        return replay, Outcome(outcome.scores, None)
 
     yield record
 
@@ -155,7 +185,7 @@ def test_a_batch_whose_graph_is_missing_takes_a_larger_one_or_none() -> None:
     assert graphs.find(2, 3) is None
     larger = graphs.find(2, 1)
     assert larger is not None
-    assert larger.scores.z.shape == (3, 1)
+    assert larger.outcome.scores.z.shape == (3, 1)
 
 
 @pytest.mark.parametrize(

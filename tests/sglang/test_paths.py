@@ -71,3 +71,10 @@ def test_graphs_of_a_model_that_reads_images_give_the_same_answers(tmp_path: Pat
     pair = make_vision_pair(tmp_path, "Qwen2_5_VL", "Qwen2_5_VL")
     few = answers(pair / "base", pair / "lenvm", "few", "images")
     assert answers(pair / "base", pair / "lenvm", "graphs", "few", "images", TRITON_INTERPRET="1") == few
+
+
+def test_graphs_of_a_model_without_a_length_head_give_the_same_answers(tmp_path: Path) -> None:
+    """The distribution around its value is made inside them."""
+    pair = make_pair(tmp_path, Qwen2Config, Qwen2Config, heads=1)
+    few = answers(pair / "base", pair / "lenvm", "few")
+    assert answers(pair / "base", pair / "lenvm", "graphs", "few", TRITON_INTERPRET="1") == few

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 
-from lenvm.candidates import Candidates
+from lenvm.candidates import Candidates, SamplingRows
+from lenvm.guidance import GuidanceRows
 from lenvm_kernels import (
+    WORDS,
     CandidateRows,
     DrawBuffers,
     Keep,
     PrefixMasks,
     RequestTables,
     SlotBuffers,
+    TiltSample,
+    build_candidates,
     extent,
     keep_chosen,
     place_candidates,
@@ -172,7 +178,57 @@ def test_a_draw_is_written(logits_dtype: torch.dtype, part: bool, remembered: bo
     if remembered:
         assert torch.equal(chosen[pool_rows], scratch[torch.arange(6), sample.slot])
     assert (chosen >= 0).sum() == (6 if remembered else 0)
+    results = torch.full((WORDS, count), -7)
+    moved = batch.run(tilt_sample, into=into._replace(results=results))
+    for a, b, c in zip(sample, moved, TiltSample.in_memory(moved.log_p, results), strict=True):
+        assert a is not None and b is not None and c is not None
+        assert b.data_ptr() == c.data_ptr()
+        assert torch.equal(a, b)
     noted, untouched = torch.full_like(chosen, -1), logits.clone()
     batch.run(tilt_sample, into=into._replace(logits=None, chosen=noted if remembered else None))
     assert torch.equal(noted, chosen)
     assert torch.equal(logits, untouched)
+
+
+def test_rows_are_ruled_by_rows_of_a_table() -> None:
+    """Of the host's request pool, where a graph reads them; how many tokens a row has emitted it is told."""
+    batch = rows.mixed(rows.MODELS[2], 24, slots=6, seed=5)
+    ruled_by = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:24]
+
+    def table(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """In a column of a wider one."""
+        wide = torch.full((40, 3), 99, dtype=dtype)
+        wide[ruled_by, 1] = values.to(dtype)
+        return wide[:, 1]
+
+    g = batch.guidance
+    rules = {f.name: table(getattr(g, f.name), getattr(g, f.name).dtype) for f in fields(g) if f.name != "strict"}
+    rules |= {"strict": table(g.strict, torch.int64), "emitted": g.emitted}
+    other = replace(
+        batch,
+        guidance=GuidanceRows(**rules),
+        seed=table(batch.seed, torch.int64),
+        greedy=table(batch.greedy, torch.int64),
+    )
+    found, wanted = other.run(tilt_sample, ruled_by=ruled_by), batch.run(tilt_sample)
+    for a, b in zip(found, wanted, strict=True):
+        assert a is not None and b is not None
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_candidates_are_cut_into_memory() -> None:
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, 300, generator=g) * 3
+    ones = torch.ones(5)
+    sampling = SamplingRows(ones, torch.tensor([3, 300, 300, 7, 1]), ones * 0.9, ones * 0)
+    stops = torch.tensor([[4, 9]]).repeat(5, 1)
+    wanted = build_candidates(logits, sampling, stops, 6, None, 300)
+    memory = (torch.full((7, 6), 99), torch.full((7, 6), 99.0), torch.ones(7, 6, dtype=torch.bool))
+    into = Candidates(*(t[:5] for t in memory))
+    assert into.kept.all()
+    found = build_candidates(logits, sampling, stops, 6, None, 300, into)
+    for f, here in zip(fields(Candidates), memory, strict=True):
+        assert getattr(found, f.name).data_ptr() == here.data_ptr()
+        assert torch.equal(here[:5], getattr(wanted, f.name))
+    assert memory[0][5:].eq(99).all()
+    assert torch.equal(found.kept, wanted.kept)
