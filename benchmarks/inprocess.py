@@ -10,6 +10,7 @@ import uuid
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import is_dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 CPU_FLAGS = ("--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32")
 
@@ -249,19 +251,44 @@ def forwards_of(worker: Any) -> list[tuple[Any, str]]:
     if worker.reads_base:
         return []
     if worker.ahead is not None:
-        return [(worker, "forward")]
+        return [(worker.tokens, "read") if hasattr(worker.tokens, "read") else (worker, "forward")]
     return [(worker.candidates, name) for name in ("run", "replay") if hasattr(worker.candidates, name)]
 
 
 @contextmanager
 def without_graphs(engine: InProcess) -> Iterator[None]:
     """The value forward launch by launch."""
-    candidates = getattr(engine.worker, "candidates", None)
-    if getattr(candidates, "graphs", None) is None:
+    worker = engine.worker
+    forward = getattr(worker, "candidates", getattr(worker, "tokens", None))
+    if getattr(forward, "graphs", None) is None:
         yield
     else:
-        with engine.replaced(candidates, "graphs", None):
+        with engine.replaced(forward, "graphs", None):
             yield
+
+
+@contextmanager
+def again() -> Iterator[Any]:
+    """Records a step as a CUDA graph would, but for the graph: to replay is to run it again, on the memory and into the
+    memory of the first time."""
+
+    def tensors(outcome: Any) -> list[torch.Tensor]:
+        parts = [
+            part for leaf in tree_leaves(outcome) for part in (vars(leaf).values() if is_dataclass(leaf) else [leaf])
+        ]
+        return [part for part in parts if part is not None]
+
+    def record(step: Callable[[], Any]) -> Any:
+        outcome = step()
+
+        def replay() -> None:
+            for there, fresh in zip(tensors(outcome), tensors(step()), strict=True):
+                if there.data_ptr() != fresh.data_ptr():
+                    there.copy_(fresh)
+
+        return replay, outcome
+
+    yield record
 
 
 def measure(

@@ -3,8 +3,9 @@
 SGLang's scheduler in this process. Nothing is timed, so it says the same on a busy machine.
 
 Providers: `ours` (as it runs on this machine), `ours, device path` (on a CPU: the path of a GPU, with the plain torch
-of the core in place of the kernels and the launches that the kernels would be), `two forwards` (the design that scores
-the candidates in one forward and reads the chosen token in a second, by arithmetic).
+of the core in place of the kernels and the launches that the kernels would be), `ours, device path, graphs` (the same
+on the memory of CUDA graphs; what is in one is one launch on a GPU), `two forwards` (the design that scores the
+candidates in one forward and reads the chosen token in a second, by arithmetic).
 
 A launch is an operator that is no view, and a Triton kernel. Bytes are what operators read and write, counted once an
 operator; caches are not thought of. What numba compiles for a CPU is no operator, and in neither.
@@ -30,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import Table
-from benchmarks.inprocess import InProcess, forwards_of, quiet, without_graphs
+from benchmarks.inprocess import InProcess, again, forwards_of, quiet, without_graphs
 from benchmarks.pairs import make_pair
 
 FIELDS = {
@@ -43,8 +44,9 @@ SAMPLING = {"posterior top-k 4": {"top_k": 4}}
 KERNELS = {"place_candidates": 1, "build_candidates": 2, "masses": 1, "lookahead_scores": 2, "tilt_sample": 1}
 """Launches of each: a kernel; top-k and a kernel, and one more (`masses`) where a row has a top-p without
 a top-k; two kernels; a kernel."""
-INSIDE = {"attend_prefix": 2, "value_head": 2}
-"""Of those that belong to the forward, each a phase of its own: two kernels; a kernel and the sum of its parts."""
+INSIDE = {"attend_prefix": 2, "value_head": 2, "draw": 1}
+"""Of those that belong to the forward, each a phase of its own: two kernels; a kernel and the sum of its parts; the
+`tilt_sample` of a graph."""
 PICKS = {"index", "index_select", "gather", "embedding"}
 PUTS = {"index_put_", "_index_put_impl_", "index_copy_", "scatter_"}
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
@@ -103,9 +105,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         count: str = "",
         tokens: Callable[..., torch.Tensor] | None = None,
     ) -> Any:
-        """The function in a phase; counted under `count`, with the tokens that `tokens` finds in its arguments."""
+        """The function in a phase; counted under `count`, with the tokens that `tokens` finds in its arguments, unless
+        it is a part of that phase already (of a graph that is not one)."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if phase in self.phases:
+                return function(*args, **kwargs)
             with self.phase(phase):
                 if count:
                     self.now[count] += 1
@@ -146,7 +151,7 @@ def attended(query: torch.Tensor, rows: Any, k_cache: torch.Tensor, v_cache: tor
 @contextmanager
 def recording(engine: InProcess) -> Iterator[Recorder]:
     """Take hold of the plug-in's and the kernels' functions."""
-    from lenvm_sglang import attention, forwards, lookahead, model, processor
+    from lenvm_sglang import attention, forwards, fused, lookahead, model, processor
 
     recorder = Recorder()
     worker, steering = engine.worker, engine.processor
@@ -155,21 +160,23 @@ def recording(engine: InProcess) -> Iterator[Recorder]:
             stack.enter_context(engine.replaced(steering, name, recorder.wrapped(getattr(steering, name), "ours")))
         sampler = engine.runner.sampler
         stack.enter_context(engine.replaced(sampler, "forward", recorder.wrapped(sampler.forward, "sampler")))
-        tokens = {"replay": lambda *given: given[2]}
+        tokens = {"replay": lambda *given: given[2].flatten()}
         for owner, name in forwards_of(worker):
             one = recorder.wrapped(
                 getattr(owner, name), "value", "forwards", tokens.get(name, lambda batch, *_: batch.input_ids)
             )
             stack.enter_context(engine.replaced(owner, name, one))
-        for module, name in (
-            (forwards, "place_candidates"),
-            (attention, "attend_prefix"),
-            (processor, "build_candidates"),
-            (processor, "tilt_sample"),
-            (model, "value_head"),
-            (lookahead, "lookahead_scores"),
+        for module, name, inside in (
+            (forwards, "place_candidates", ""),
+            (fused, "place_candidates", ""),
+            (fused, "tilt_sample", "draw"),
+            (attention, "attend_prefix", "attend_prefix"),
+            (processor, "build_candidates", ""),
+            (processor, "tilt_sample", ""),
+            (model, "value_head", "value_head"),
+            (lookahead, "lookahead_scores", ""),
         ):
-            kernel = recorder.wrapped(getattr(module, name), name if name in INSIDE else "kernels", name)
+            kernel = recorder.wrapped(getattr(module, name), inside or "kernels", inside or name)
             stack.enter_context(mock.patch.object(module, name, kernel))
         for name in METHODS:
             original = getattr(torch.Tensor, name)
@@ -306,14 +313,19 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{len(graphs)} CUDA graphs of the value forward; same tokens without them")
         elif not options.pair:
             said = [answers(engine, kind) for kind in FIELDS]
-            from lenvm_sglang.forwards import FusedForward
+            from lenvm_sglang.fused import FusedForward
 
             engine.worker.waits_for_nobody = False
             engine.worker.candidates = FusedForward(engine.worker)
             if said != [answers(engine, kind) for kind in FIELDS]:
                 raise SystemExit("value_step: the device path and the CPU's path give different tokens.")
-            for kind in FIELDS:
-                report(table, engine, "ours, device path", kind, rows[-1], contexts[0], options.candidates)
+            for provider in ("ours, device path", "ours, device path, graphs"):
+                if provider.endswith("graphs"):
+                    engine.worker.candidates.capture(again)
+                    if said != [answers(engine, kind) for kind in FIELDS]:
+                        raise SystemExit("value_step: the path of graphs and the CPU's path give different tokens.")
+                for kind in FIELDS:
+                    report(table, engine, provider, kind, rows[-1], contexts[0], options.candidates)
     print(f"in {options.out}")
 
 

@@ -1,18 +1,15 @@
-"""The value model's one forward over the candidates of a step, in the three ways that a host may call for.
+"""The value model's one forward over the candidates of a step, in the ways that a host may call for.
 
-`FusedForward` (a GPU): attention of our own kernel, which reads each prefix once, and CUDA graphs. `HostForward`: the
-host's attention, to which K candidates are K decode rows; for backbones and KV caches that our kernel does not read.
-`GatheredForward` (a CPU, where the host has no fused attention): plain torch, and only candidates that exist are fed.
+`HostForward`: the host's attention, to which K candidates are K decode rows; for backbones and KV caches that our
+kernel does not read. `GatheredForward` (a CPU, where the host has no fused attention): plain torch, and only candidates
+that exist are fed. `lenvm_sglang.fused.FusedForward` (a GPU): attention of our own kernel, which reads each prefix
+once, and CUDA graphs.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,31 +18,16 @@ from torch import Tensor
 
 from lenvm.candidates import Candidates
 from lenvm.guidance import Scores
-from lenvm_kernels import (
-    CandidateRows,
-    DrawBuffers,
-    Keep,
-    RequestTables,
-    TiltSample,
-    extent,
-    keep_chosen,
-    place_candidates,
-    tilt_sample,
-)
-from lenvm_kernels.dispatch import MAX_CANDIDATES
-from lenvm_sglang.attention import FusedPrefixBackend, SharedPrefixBackend
+from lenvm_kernels import CandidateRows, Keep, RequestTables, TiltSample, extent, keep_chosen, place_candidates
+from lenvm_sglang.attention import SharedPrefixBackend
 from lenvm_sglang.batches import DecodeBatch
-from lenvm_sglang.graphs import Bucket, Fixed, ForwardGraphs, Graph, Record, buckets, cuda_recorder, make_graphs
+from lenvm_sglang.graphs import Graph
 from lenvm_sglang.rows import LengthRows, Place
 from lenvm_sglang.versions import bind_slots
 
 if TYPE_CHECKING:
     from lenvm_sglang.worker import ValueWorker
 
-logger = logging.getLogger(__name__)
-
-_PREFIX = 7
-"""Tokens of the longest prefix that a forward is tried on before anything is served."""
 VIRTUAL_ROWS = 1024
 """Most candidate rows of one forward where the host's attention needs a request table for them (its size is this many
 times the context length)."""
@@ -267,160 +249,3 @@ class HostForward(PlacedForward):
         bind_slots(self.slots, batch)
         self.backend.init_forward_metadata(batch)
         return super().run(batch, shape, value)
-
-
-class FusedForward(PlacedForward):
-    """Our own attention, and CUDA graphs once `capture` has made them. The host is not asked for lengths.
-
-    Attributes:
-        graphs: of the forward, its heads and the draw; None runs them launch by launch, and leaves the draw out.
-    """
-
-    graphs: ForwardGraphs | None = None
-    _replayed: Graph | None = None
-
-    def __init__(self, worker: ValueWorker) -> None:
-        super().__init__(worker)
-        self.backend = FusedPrefixBackend(worker.pool, worker.base.req_to_token_pool)
-
-    def _place(self, batch: Any, place: Place, width: int, keep: Keep | None) -> Placed:
-        graph = None if self.graphs is None else self.graphs.find(len(place.states), width)
-        here = place.take(batch.seq_lens), place.parameters.start, place.slots, place.scratch[:, :width]
-        placed = place_candidates(*here, keep=keep, into=None if graph is None else graph.fixed.placed)
-        return Placed(batch, place, width, placed, graph)
-
-    def score(self, batch: Any, place: Place, candidates: Candidates, value: bool) -> Scores:
-        """As in the base class."""
-        width = candidates.token_ids.shape[1]
-        placed = self._take(batch, place, width)
-        self._replayed = placed.graph
-        if placed.graph is None:
-            rotary = self.worker.rotary(place, placed.rows.positions, width)
-            return self._forward(placed.rows, candidates.token_ids.reshape(-1), rotary, value)
-        return self.replay(placed.graph, place, candidates.token_ids.reshape(-1), width)
-
-    def memory(self, batch: Any, place: Place) -> Candidates | None:
-        """As in the base class."""
-        if self.graphs is None:
-            return None
-        placed = self._placed = self._take(batch, place, place.width)
-        return None if placed.graph is None else placed.graph.fixed.candidates(len(place.states))
-
-    def drawn(self, place: Place, candidates: Candidates) -> TiltSample | None:
-        """As in the base class; one launch, because the next step overwrites the graph's memory. The candidates' own
-        log p' stay there."""
-        graph, self._replayed = self._replayed, None
-        # its ids are always there, its log p only if `memory` was asked for and nothing was changed since
-        if graph is None or candidates.log_p.data_ptr() != graph.fixed.log_p.data_ptr():
-            return None
-        sample = graph.outcome.sample
-        if sample is None:
-            return None
-        return TiltSample.in_memory(sample.log_p, graph.fixed.results.clone()).first(len(place.states))
-
-    def replay(self, graph: Graph, place: Place, token_ids: Tensor, width: int) -> Scores:
-        """Scores [R, K] of the candidates `token_ids` [R * K], whose places are in the graph's memory."""
-        fixed, rows = graph.fixed, len(place.states)
-        if token_ids.data_ptr() != fixed.token_ids.data_ptr():
-            fixed.token_ids[:rows].copy_(token_ids.view(rows, width))
-        rotary = self.worker.rotary(place, fixed.placed.positions[: len(token_ids)], width)
-        if rotary is not None and fixed.rotary is not None:
-            fixed.rotary[: len(token_ids)].copy_(rotary)
-        graph.replay()
-        scores = graph.outcome.scores
-        return Scores(scores.z[:rows], None if scores.length_log_q is None else scores.length_log_q[:rows])
-
-    def _forward(self, placed: CandidateRows, token_ids: Tensor, rotary: Tensor | None, value: bool = True) -> Scores:
-        self.backend.rows = placed.shared(self.worker.base.req_to_token_pool.req_to_token)
-        batch = self.batch.fill(token_ids, placed.positions, placed.lengths, placed.own, rotary)
-        return self.run(batch, tuple(self.backend.rows.own.shape), value)
-
-    def _draw(self, fixed: Fixed, scores: Scores) -> TiltSample | None:
-        """From the candidates there, as the table of running requests says that their rows ask."""
-        rows, width = fixed.token_ids.shape
-        if width > MAX_CANDIDATES:
-            return None
-        worker, placed = self.worker, fixed.placed
-        rules = worker.places.table.rules()
-        return tilt_sample(
-            fixed.candidates(rows),
-            scores,
-            replace(rules.guidance, emitted=placed.emitted),
-            worker.lenvm,
-            rules.seed,
-            rules.greedy,
-            into=DrawBuffers(None, None, worker.chosen, placed.pool_rows, placed.own.view(rows, width), fixed.results),
-            ruled_by=placed.pool_rows,
-        )
-
-    def probe(self) -> None:
-        """As in the base class; the launch that also keeps KV is compiled too."""
-        with self._made_up_prefixes():
-            one = self._bucket(1, 1)
-            keep = Keep(self.worker.kv, self.worker.chosen, self.worker.places.scratch[:1, 0])
-            keep_chosen(keep, torch.zeros_like(one.fixed.placed.pool_rows))
-            one.step()
-
-    def capture(self, recorder: Callable[[], AbstractContextManager[Record]] = cuda_recorder) -> None:
-        """Make the graphs. Where some cannot be made, the log says why, and batches of their size run without."""
-        wanted = buckets(self.worker.request_rows, self.worker.widths)
-        failed: dict[tuple[int, int], Exception] = {}
-        try:
-            with self._made_up_prefixes():
-                self.graphs, failed = make_graphs(self._bucket, wanted, recorder)
-        except Exception as of_all:  # of the recorder itself
-            failed = dict.fromkeys(wanted, of_all)
-        if failed:
-            error = next(iter(failed.values()))
-            logger.warning(
-                "lenvm: %d of %d CUDA graphs of the value model could not be made (%s: %s); batches of their size run "
-                "without, which is slower. Please report this.",
-                len(failed), len(wanted), type(error).__name__, error, exc_info=error,
-            )  # fmt: skip
-        logger.info("lenvm: %d CUDA graphs of the value model", len(wanted) - len(failed))
-
-    def _bucket(self, rows: int, width: int) -> Bucket:
-        table = self.worker.base.req_to_token_pool.req_to_token
-        fixed = Fixed.empty(rows, width, self.worker.sees_images, table.device)
-        self._fill(fixed, rows, width, 0)
-        return Bucket(
-            fixed,
-            lambda: self._forward(fixed.placed, fixed.token_ids.view(-1), fixed.rotary),
-            lambda scores: self._draw(fixed, scores),
-            lambda: self._fill(fixed, max(rows - 1, 1), width, 1),
-        )
-
-    def _fill(self, fixed: Fixed, rows: int, width: int, turn: int) -> int:
-        """Candidates behind short prefixes in so many rows, others in each turn; gives the number of rows."""
-        scratch = self.worker.places.scratch
-        n = torch.arange(rows, device=scratch.device)
-        pool_rows = n.flip(0) if turn else n
-        lengths = n * (3 + 2 * turn) % _PREFIX + 1
-        place_candidates(lengths, n * 0, pool_rows, scratch[pool_rows, :width], into=fixed.placed)
-        ids = torch.arange(fixed.token_ids.numel(), device=scratch.device).view_as(fixed.token_ids)
-        fixed.token_ids.copy_((ids * (1 + 6 * turn) + turn) % self.worker.vocabulary)
-        fixed.log_p.copy_(-((ids * 7 + turn) % 5))
-        fixed.is_stop.copy_(ids % 11 == 3 + turn)
-        if fixed.rotary is not None:
-            fixed.rotary.copy_(fixed.placed.positions + turn)
-        return rows
-
-    @contextmanager
-    def _made_up_prefixes(self) -> Iterator[None]:
-        """Before anything is served: prefixes of tokens with random KV in the request table, and rows of every rule,
-        taken away afterwards."""
-        table, pool = self.worker.base.req_to_token_pool.req_to_token, self.worker.pool
-        caches = [*pool.k_buffer, *pool.v_buffer]
-        slots = min(64, self.worker.base.token_to_kv_pool.size)
-        before = table[:, :_PREFIX].clone(), [cache[:slots].clone() for cache in caches]
-        every = torch.arange(before[0].numel(), device=table.device).view_as(before[0])
-        table[:, :_PREFIX] = (every * 5 % (slots - 1) + 1).to(table.dtype)
-        for cache in caches:
-            cache[:slots].normal_()
-        try:
-            with self.worker.places.table.made_up():
-                yield
-        finally:
-            table[:, :_PREFIX] = before[0]
-            for cache, was in zip(caches, before[1], strict=True):
-                cache[:slots] = was

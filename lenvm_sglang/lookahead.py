@@ -9,7 +9,6 @@ the forward that made its logits.
 from __future__ import annotations
 
 import logging
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -24,12 +23,13 @@ from lenvm.heads import LookaheadHead
 from lenvm_kernels import DrawBuffers, TiltSample, lookahead_scores
 from lenvm_sglang.attention import SharedPrefixBackend
 from lenvm_sglang.batches import DecodeBatch
+from lenvm_sglang.fused import TokenForward
 from lenvm_sglang.graphs import width_buckets
 from lenvm_sglang.rows import LengthRows, Place, Places, Read
 from lenvm_sglang.settings import Settings, local_directory
 from lenvm_sglang.state import RowTable, to_device
 from lenvm_sglang.versions import bind_slots
-from lenvm_sglang.worker import ValueWorker, describe, plain_attention, runs
+from lenvm_sglang.worker import ValueWorker, describe, runs
 
 logger = logging.getLogger(__name__)
 
@@ -76,23 +76,32 @@ class LookaheadWorker(ValueWorker):
         self.ahead = LastStates(self.lenvm, head, self.request_rows, self.runner.dtype)
 
     def build_forward(self) -> None:
-        """One new token a row is an ordinary decode; in plain torch our backend does all rows in one call."""
-        native = self.runner.decode_attention_backend_str == "torch_native" and plain_attention(self.runner.model)
-        pools = self.pool, self.base.req_to_token_pool
-        self.tokens: Any = SharedPrefixBackend(*pools, self.runner.dtype) if native else self.sequences
+        """One new token a row is an ordinary decode; in plain torch our backend does all rows in one call, and on a
+        GPU our kernel's forward can become a CUDA graph."""
+        way, pools = self.attention(), (self.pool, self.base.req_to_token_pool)
+        self.tokens: Any = self.sequences
+        if way == "gathered":
+            self.tokens = SharedPrefixBackend(*pools, self.runner.dtype)
+        elif way == "fused":
+            self.tokens = TokenForward(self)
         self.batch = DecodeBatch()
 
     def warm_up(self) -> None:
-        """Before anything is served: try our attention on one token."""
-        if isinstance(self.tokens, SharedPrefixBackend) and not runs(partial(self._probe, self.tokens)):
+        """Once the host has made its own CUDA graphs: try our attention on one token, and make those of it."""
+        if not runs(self._probe):
             self.tokens = self.sequences
+        self.make_graphs(self.tokens)
 
-    def _probe(self, backend: SharedPrefixBackend) -> None:
-        """Read token 0 behind a prefix of one, both in the host's dump slot."""
-        zero = torch.zeros(1, dtype=torch.int64, device=self.base.req_to_token_pool.req_to_token.device)
-        where = backend.prepare(zero, zero + 1, 1, zero[:, None])
-        rotary = where.positions if self.sees_images else None
-        self.forward(self.batch.fill(zero, where.positions, where.lengths, zero, rotary), backend)
+    def _probe(self) -> None:
+        """What the host's attention can do is known; ours reads a token behind a short prefix."""
+        if isinstance(self.tokens, TokenForward):
+            self.tokens.probe()
+        elif isinstance(self.tokens, SharedPrefixBackend):
+            # both in the host's dump slot
+            zero = torch.zeros(1, dtype=torch.int64, device=self.base.req_to_token_pool.req_to_token.device)
+            where = self.tokens.prepare(zero, zero + 1, 1, zero[:, None])
+            rotary = where.positions if self.sees_images else None
+            self.forward(self.batch.fill(zero, where.positions, where.lengths, zero, rotary), self.tokens)
 
     def follow(self, batch: Any, rows: LengthRows, output: Any) -> Read | None:
         """Read what the base model read, and keep each row's last state."""
@@ -110,6 +119,8 @@ class LookaheadWorker(ValueWorker):
 
     def _read_token(self, batch: Any, rows: LengthRows, place: Place) -> Tensor:
         """The value model's states [R, H] after the token that each row was just fed."""
+        if isinstance(self.tokens, TokenForward):
+            return self.tokens.read(batch, place)
         slots, lengths = place.slots, place.take(batch.seq_lens).long()
         new, before = place.take(batch.out_cache_loc).long(), lengths - 1
         rotary = self.rotary(place, before, 1)

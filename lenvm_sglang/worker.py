@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from lenvm.guidance import Scores
 from lenvm_kernels import DrawBuffers, Keep, SlotBuffers, TiltSample, uses_triton
 from lenvm_kernels.dispatch import HALVES, MAX_FEATURES
 from lenvm_sglang.batches import select_rows
-from lenvm_sglang.forwards import CandidateForward, FusedForward, GatheredForward, HostForward
+from lenvm_sglang.forwards import CandidateForward, GatheredForward, HostForward
+from lenvm_sglang.fused import Captured, FusedForward
 from lenvm_sglang.graphs import width_buckets
 from lenvm_sglang.model import reads_images, register_architecture
 from lenvm_sglang.rows import LengthRows, Place, Places, Read
@@ -170,30 +171,38 @@ class ValueWorker:
 
     def build_forward(self) -> None:
         """Choose the way in which candidates are scored here."""
+        ways: dict[str, Callable[[ValueWorker], CandidateForward]] = {
+            "gathered": GatheredForward, "fused": FusedForward, "host": HostForward
+        }  # fmt: skip
+        self.candidates = ways[self.attention()](self)
+
+    def attention(self) -> Literal["gathered", "fused", "host"]:
+        """Which attention the new tokens of a decode step get: plain torch, our kernel's or the host's."""
         config, plain = self.runner.model_config, plain_attention(self.runner.model)
         halves = self.base.kv_cache_dtype == self.runner.dtype and self.runner.dtype in HALVES
         narrow = max(config.head_dim, config.v_head_dim) <= MAX_FEATURES
         if plain and self.waits_for_nobody and self.runner.decode_attention_backend_str == "torch_native":
-            self.candidates: CandidateForward = GatheredForward(self)
-        elif plain and halves and narrow and uses_triton(self.pool.k_buffer[0]):
-            self.candidates = FusedForward(self)
-        else:
-            self.candidates = HostForward(self)
+            return "gathered"
+        if plain and halves and narrow and uses_triton(self.pool.k_buffer[0]):
+            return "fused"
+        return "host"
 
     def warm_up(self) -> None:
         """Once the host has made its own CUDA graphs: try the candidates' forward, and make those of it."""
-        from sglang.srt.runtime_context import get_parallel
-
         if not runs(self.candidates.probe):
             self.candidates = HostForward(self)
-        if not isinstance(self.candidates, FusedForward):
-            return
-        if self.base.decode_cuda_graph_runner in (None, self.base.eager_runner):
+        self.make_graphs(self.candidates)
+
+    def make_graphs(self, forward: object) -> None:
+        """CUDA graphs of a forward, if there can be any and the host makes some of its own."""
+        from sglang.srt.runtime_context import get_parallel
+
+        if not isinstance(forward, Captured) or self.base.decode_cuda_graph_runner in (None, self.base.eager_runner):
             return
         if get_parallel().tp_size > 1:
             logger.info("lenvm: no CUDA graphs of the value model under tensor parallelism yet.")
             return
-        self.candidates.capture()
+        forward.capture()
 
     # ----- forwards -------------------------------------------------------------------------------------------------
 

@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.inprocess import InProcess, quiet
+from benchmarks.inprocess import InProcess, again, quiet
 from lenvm.guidance import Scores
-from lenvm_sglang import forwards, processor
+from lenvm_sglang import forwards, fused, processor
 from lenvm_sglang.attention import AttentionError, SharedPrefixBackend
-from lenvm_sglang.graphs import Outcome, Record, Recorded, buckets
+from lenvm_sglang.graphs import buckets
 from tests.kernels.checks import quick
 from tests.sglang.models import prompts
 
@@ -70,28 +69,6 @@ def answers(engine: InProcess) -> list[list[int]]:
     return [answer for which in (range(len(ASKED)), range(STEERED), [0], [5]) for answer in ask(engine, which)]
 
 
-@contextmanager
-def again() -> Iterator[Record]:
-    """Records a forward as a CUDA graph would, but for the graph: to replay is to run it again, on the memory and into
-    the memory of the first time."""
-
-    def record(step: Callable[[], Outcome]) -> Recorded:
-        outcome = step()
-        scores = outcome.scores
-
-        def replay() -> None:
-            fresh, sample = step()
-            scores.z.copy_(fresh.z)
-            if scores.length_log_q is not None and fresh.length_log_q is not None:
-                scores.length_log_q.copy_(fresh.length_log_q)
-            if outcome.sample is not None and sample is not None:  # its other parts are in memory that it was given
-                outcome.sample.log_p.copy_(sample.log_p)
-
-        return replay, outcome
-
-    yield record
-
-
 def raises_for_one(engine: InProcess) -> None:
     """Break the value model for `ASKED[BROKEN]`, from its second token on."""
     original = engine.worker.score
@@ -125,16 +102,21 @@ def main() -> None:
         engine.worker.waits_for_nobody = False
         if "parts" in words:
             forwards.VIRTUAL_ROWS = 40
-        if not engine.worker.reads_base:
-            way = forwards.FusedForward if {"fused", "graphs"} & set(words) else forwards.HostForward
-            engine.worker.candidates = way(engine.worker)
-            engine.worker.candidates.probe()
+        worker = engine.worker
+        ours = {"fused", "graphs"} & set(words)
+        reader: Any = None
+        if worker.ahead is None:
+            reader = worker.candidates = (fused.FusedForward if ours else forwards.HostForward)(worker)
+        elif not worker.reads_base and ours:
+            reader = worker.tokens = fused.TokenForward(worker)
+        if reader is not None:
+            reader.probe()
         if "graphs" in words:
             # a server makes its graphs before it makes this
             with mock.patch("sglang.srt.managers.mm_schedule.embedding_cache", None):
-                engine.worker.candidates.capture(again)
-            rows, widths = engine.worker.request_rows, engine.worker.widths
-            assert len(engine.worker.candidates.graphs) == len(buckets(rows, widths))
+                reader.capture(again)
+            assert len(reader.graphs) == len(buckets(worker.request_rows, reader.widths))
+        if "graphs" in words and worker.ahead is None:
             with mock.patch.object(processor, "tilt_sample") as launched:
                 ask(engine, [0, STEERED - 1], 3)
             assert not launched.called, "a token was drawn outside the graph"

@@ -14,18 +14,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.inprocess import again
 from lenvm.guidance import Scores
 from lenvm.request import LengthRequest
-from lenvm_kernels import TiltSample
+from lenvm_kernels import WORDS, TiltSample
 from lenvm_sglang.attention import AttentionError
-from lenvm_sglang.forwards import FusedForward
+from lenvm_sglang.fused import Drawing, FusedForward, Outcome, TokenStep, ValueStep
 from lenvm_sglang.graphs import (
     MOST_CANDIDATES,
     MOST_ROWS,
-    Bucket,
     Fixed,
     GraphError,
-    Outcome,
     Record,
     Recorded,
     bucket,
@@ -37,7 +36,6 @@ from lenvm_sglang.graphs import (
 from lenvm_sglang.rows import LengthRows, Place
 from lenvm_sglang.scope import Scope, ThinkTags
 from lenvm_sglang.state import RequestState, RowTable
-from tests.sglang.paths import again
 from tests.sglang.test_parts import state
 
 CPU = torch.device("cpu")
@@ -67,19 +65,21 @@ def test_no_graph_is_larger_than_what_pays() -> None:
     assert (MOST_ROWS, 64) not in found
 
 
-def make(rows: int, width: int) -> Bucket:
+def make(rows: int, width: int) -> ValueStep:
     """A forward whose scores are its tokens, and a draw that takes the highest."""
     fixed = Fixed.empty(rows, width, False, CPU)
 
-    def draw(scores: Scores) -> TiltSample:
+    def draw(step: ValueStep, scores: Scores) -> TiltSample:
         slot = scores.z.argmax(-1)
-        return TiltSample(scores.z, slot, fixed.token_ids.gather(1, slot[:, None])[:, 0]).moved(fixed.results)
+        return TiltSample(scores.z, slot, fixed.token_ids.gather(1, slot[:, None])[:, 0]).moved(step.drawing.results)
 
-    def change() -> int:
+    def refill() -> int:
         fixed.token_ids.add_(3)
         return max(rows - 1, 1)
 
-    return Bucket(fixed, lambda: Scores(fixed.token_ids.float() * 2, None), draw, change)
+    sizes = ((rows, width), torch.float32), ((rows, width), torch.bool), ((WORDS, rows), torch.int64)
+    drawing = Drawing(*(torch.zeros(shape, dtype=dtype) for shape, dtype in sizes))
+    return ValueStep(fixed, drawing, lambda: Scores(fixed.token_ids.float() * 2, None), draw, refill)
 
 
 def test_a_graph_is_found_by_its_bucket_and_reads_its_memory() -> None:
@@ -88,7 +88,7 @@ def test_a_graph_is_found_by_its_bucket_and_reads_its_memory() -> None:
     assert not failed
     graph = graphs.find(2, 3)
     assert graph is not None
-    graph.fixed.token_ids[:2] = torch.arange(6).view(2, 3)
+    graph.step.fixed.token_ids[:2] = torch.arange(6).view(2, 3)
     graph.replay()
     assert graph.outcome.scores.z[:2].tolist() == [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0]]
     assert graph.outcome.sample is not None
@@ -156,6 +156,22 @@ def test_a_graph_that_says_something_else_is_left_out() -> None:
     assert "2 x 3 candidates draws with another token_id than its scores call for" in str(failed[2, 3])
 
 
+@pytest.mark.parametrize(("off", "left"), [(0.0, 1), (0.001, 1), (0.1, 0)])
+def test_states_are_compared_by_the_largest_number_in_them(off: float, left: int) -> None:
+    fixed, states = Fixed.empty(4, 1, False, CPU), torch.randn(4, 8) * 50
+    states[:, 0] = 200
+    found = states.clone()
+
+    @contextmanager
+    def recorder() -> Iterator[Record]:
+        yield lambda step: ((lambda: found[1].add_(off * 200)), found)
+
+    graphs, failed = make_graphs(lambda rows, width: TokenStep(fixed, lambda: states, lambda: 3), [(4, 1)], recorder)
+    assert len(graphs) == left
+    if failed:
+        assert "the graph of 4 tokens differs from its forward by 0.1" in str(failed[4, 1])
+
+
 @contextmanager
 def dumping() -> Iterator[Record]:
     """What a row says that stands for nobody is left to chance."""
@@ -195,7 +211,7 @@ def test_a_batch_whose_graph_is_missing_takes_a_larger_one_or_none() -> None:
 def test_what_graphs_cannot_be_made_the_log_says(
     recorder: Any, says: str, left: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(FusedForward, "_bucket", lambda self, rows, width: make(rows, width))
+    monkeypatch.setattr(FusedForward, "_step", lambda self, rows, width: make(rows, width))
     monkeypatch.setattr(FusedForward, "_made_up_prefixes", lambda self: nullcontext())
     worker: Any = SimpleNamespace(
         pool=None, base=SimpleNamespace(req_to_token_pool=None), request_rows=2, widths=[1, 3]

@@ -57,6 +57,15 @@ def test_the_hosts_kernels_for_a_gpu_give_the_same_answers(tmp_path: Path) -> No
     assert answers(pair / "base", pair / "lenvm", "triton", "few", TRITON_INTERPRET="1") == few
 
 
+def test_the_path_of_a_gpu_looks_ahead_to_the_same_answers(tmp_path: Path) -> None:
+    """A lookahead head on a LenVM, which reads one token a row."""
+    pair = make_pair(tmp_path, Qwen2Config, Qwen2Config)
+    lenvm = make_lookahead(tmp_path / "lookahead", pair / "lenvm")
+    assert answers(pair / "base", lenvm, "graphs", TRITON_INTERPRET="1") == answers(pair / "base", lenvm)
+    few = answers(pair / "base", lenvm, "few")
+    assert answers(pair / "base", lenvm, "fused", "few", TRITON_INTERPRET="1") == few
+
+
 def test_where_our_attention_is_unfit_the_hosts_gives_the_same_answers(tmp_path: Path) -> None:
     """On a CPU, over candidates and for the one token that a lookahead head on a LenVM reads."""
     pair = make_pair(tmp_path, Qwen2Config, Qwen2Config)
