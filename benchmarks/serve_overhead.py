@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pair", type=Path, nargs=2, metavar=("BASE", "LENVM"), help="model directories")
     parser.add_argument("--base", default="small", help="without --pair: shape of the base model (benchmarks/pairs.py)")
     parser.add_argument("--value", default="small", help="without --pair: shape of the value model")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="requests at once")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128], help="requests at once")
     parser.add_argument("--candidates", type=int, nargs="+", default=[4, 16], help="K, by the requests' top-k")
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=["posterior", "bias"], help="of guidance")
     parser.add_argument("--context", type=int, default=128, help="tokens of a prompt")
