@@ -153,7 +153,10 @@ def http(table: Table, pair: tuple[Path, Path], options: argparse.Namespace, fla
             rates: dict[str, list[float]] = {name: [] for name in runs}
             between: dict[str, list[float]] = {name: [] for name in runs}
             for repeat in range(options.repeats + 1):
-                for name, (url, fields) in runs.items():
+                # a machine may be slower after the guided ones; what is compared comes after them in turn
+                first, second, *rest = runs
+                for name in (first, second, *rest) if repeat % 2 else (second, first, *rest):
+                    url, fields = runs[name]
                     found = traffic(url, rows, options, fields, repeat)
                     if repeat:  # the first is for warming up
                         rates[name].append(found["output_throughput"])
