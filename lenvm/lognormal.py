@@ -8,7 +8,7 @@ head's distribution everywhere.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -102,7 +102,7 @@ class _Tables(NamedTuple):
     log_edges: Tensor  # [B + 1]
 
 
-@lru_cache(maxsize=16)
+@cache  # not bounded: a CUDA graph goes on reading them
 def _tables(gamma: float, spread: Spread, device: torch.device) -> _Tables:
     points = lognormal_bins(gamma).centre_tensor
     # a bin reaches to half way to its neighbours; n + 1/2 is the coordinate

@@ -102,6 +102,7 @@ def build_candidates(
         found = reference.build_candidates(logits, sampling, stop_token_ids, max_candidates, guidance, reach)
     if into is None:
         return found
+    assert into.log_p.shape == found.log_p.shape, "memory of another size"
     return Candidates(*(getattr(into, f.name).copy_(getattr(found, f.name)) for f in fields(Candidates)))
 
 

@@ -48,7 +48,8 @@ class TiltSample(NamedTuple):
 
     @classmethod
     def in_memory(cls, log_p: Tensor, memory: Tensor) -> TiltSample:
-        """Everything but `log_p` in one piece of memory, [WORDS, R] int64, so that one copy takes it along."""
+        """Everything but `log_p` in one piece of memory, [WORDS, R] int64, so that one copy takes it along. The four
+        statistics lie one behind the other, as the kernel writes them."""
         rows = memory.shape[1]
         length, value, expected_value, kl = memory[2:4].view(torch.float32).view(4, rows).unbind(0)
         return cls(log_p, memory[0], memory[1], length, value, expected_value, kl, memory[4].view(torch.int32)[:rows])

@@ -61,7 +61,7 @@ class CandidateForward(ABC):
 
     def drawn(self, place: Place, candidates: Candidates) -> TiltSample | None:
         """What the last `score` drew from the candidates [R, K'] as their rows ask, and noted for the next `follow`;
-        None where it drew nothing."""
+        None where it drew nothing. Not to be asked for where a rule was changed after it (`lenvm_sglang.scope.aim`)."""
         return None
 
     @abstractmethod

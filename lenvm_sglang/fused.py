@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lenvm.candidates import Candidates
-from lenvm.guidance import Scores
+from lenvm.guidance import Control, Scores
 from lenvm_kernels import (
     WORDS,
     CandidateRows,
@@ -73,7 +73,7 @@ class Captured(ABC):
     graphs: Graphs | None = None
 
     @abstractmethod
-    def make_step(self, fixed: Fixed, change: Callable[[], int]) -> Step:
+    def make_step(self, fixed: Fixed, change: Callable[[int], int]) -> ValueStep | TokenStep:
         """What becomes a graph on the memory `fixed`; `change` is as of `Step`."""
 
     @abstractmethod
@@ -87,7 +87,7 @@ class Captured(ABC):
             Exception: this way does not work here.
         """
         with self._made_up_prefixes():
-            self._step(1, 1).run()
+            self._step(1, 1).forward()
 
     def capture(self, recorder: Callable[[], AbstractContextManager[Record]] = cuda_recorder) -> None:
         """Make the graphs. Where some cannot be made, the log says why, and batches of their size run without."""
@@ -125,16 +125,17 @@ class Captured(ABC):
         if rotary is not None and fixed.rotary is not None:
             fixed.rotary[: rows * width].copy_(rotary)
 
-    def _step(self, rows: int, width: int) -> Step:
+    def _step(self, rows: int, width: int) -> ValueStep | TokenStep:
         device = self.worker.base.req_to_token_pool.req_to_token.device
         fixed = Fixed.empty(rows, width, self.worker.sees_images, device)
         self._fill(fixed, rows, width, 0)
-        return self.make_step(fixed, lambda: self._fill(fixed, max(rows - 1, 1), width, 1))
+        return self.make_step(fixed, lambda turn: self._fill(fixed, max(rows - 1, 1), width, turn))
 
     def _fill(self, fixed: Fixed, rows: int, width: int, turn: int) -> int:
-        """Candidates behind short prefixes in so many rows, others in each turn; gives the number of rows."""
+        """Candidates behind short prefixes in so many rows, of other rules and others in each turn; gives the number of
+        rows."""
         n = torch.arange(rows, device=fixed.token_ids.device)
-        pool_rows = n.flip(0) if turn else n
+        pool_rows = (n + turn).flip(0) % self.worker.request_rows
         lengths = n * (3 + 2 * turn) % _PREFIX + 1
         place_candidates(lengths, n * 0, pool_rows, self.made_up_slots(pool_rows, width), into=fixed.placed)
         ids = torch.arange(fixed.token_ids.numel(), device=n.device).view_as(fixed.token_ids)
@@ -198,16 +199,18 @@ class ValueStep(Step):
         drawing: memory of the draw.
         forward: scores the candidates in `fixed`.
         draw: draws from them by scores [b, k]; gives None where the draw is made elsewhere.
-        refill: fills `fixed` anew, as of `Step.change`.
+        refill: fills `fixed` anew, as of `Step.change`: the rule of row r in turn t is that of row r + t of the table.
     """
 
     fixed: Fixed
     drawing: Drawing
     forward: Callable[[], Scores]
     draw: Callable[[ValueStep, Scores], TiltSample | None]
-    refill: Callable[[], int]
+    refill: Callable[[int], int]
 
     def __post_init__(self) -> None:
+        if len(self.fixed.token_ids) <= len(Control):  # few rows do not see every control at once
+            self.turns = len(Control)
         self._fill(0)
 
     def candidates(self, rows: int) -> Candidates:
@@ -219,15 +222,17 @@ class ValueStep(Step):
         scores = self.forward()
         return Outcome(scores, self.draw(self, scores))
 
-    def change(self) -> int:
+    def change(self, turn: int) -> int:
         """As in the base class."""
-        self._fill(1)
-        return self.refill()
+        self._fill(turn)
+        return self.refill(turn)
 
     def _fill(self, turn: int) -> None:
+        """Candidates of several probabilities, some of them stop tokens, and some slots empty."""
         ids = torch.arange(self.drawing.log_p.numel(), device=self.drawing.log_p.device)
         ids = ids.view_as(self.drawing.log_p)
-        self.drawing.log_p.copy_(-((ids * 7 + turn) % 5))
+        log_p = -((ids * 7 + turn) % 5).to(self.drawing.log_p.dtype)
+        self.drawing.log_p.copy_(log_p.masked_fill(ids % 7 == 5, -torch.inf))
         self.drawing.is_stop.copy_(ids % 11 == 3 + turn)
 
     def compare(self, outcome: Outcome, rows: int) -> None:
@@ -293,7 +298,7 @@ class FusedForward(Captured, PlacedForward):
         """As in the base class; one launch, because the next step overwrites the graph's memory. The candidates' own
         log p' stay there."""
         graph, self._replayed = self._replayed, None
-        # its ids are always there, its log p only if `memory` was asked for and nothing was changed since
+        # its ids are always there, its log p only if `memory` was asked for; who leaves candidates out makes a new one
         if graph is None or candidates.log_p.data_ptr() != graph.step.drawing.log_p.data_ptr():
             return None
         sample = graph.outcome.sample
@@ -313,9 +318,10 @@ class FusedForward(Captured, PlacedForward):
         return self.run(batch, tuple(self.backend.rows.own.shape), value)
 
     def _draw(self, step: ValueStep, scores: Scores) -> TiltSample | None:
-        """As the table of running requests says that the candidates' rows ask."""
+        """As the table of running requests says that the candidates' rows ask. One candidate a row is nearly always of
+        rows that are only watched."""
         rows, width = step.fixed.token_ids.shape
-        if width > MAX_CANDIDATES:
+        if not 1 < width <= MAX_CANDIDATES:
             return None
         worker, placed = self.worker, step.fixed.placed
         rules, own = worker.places.table.rules(), placed.own.view(rows, width)
@@ -330,7 +336,7 @@ class FusedForward(Captured, PlacedForward):
             ruled_by=placed.pool_rows,
         )
 
-    def make_step(self, fixed: Fixed, change: Callable[[], int]) -> Step:
+    def make_step(self, fixed: Fixed, change: Callable[[int], int]) -> ValueStep:
         """As in the base class."""
         ids = fixed.token_ids
         results = torch.zeros(WORDS, len(ids), dtype=torch.int64, device=ids.device)
@@ -355,20 +361,20 @@ class TokenStep(Step):
 
     fixed: Fixed
     forward: Callable[[], Tensor]
-    refill: Callable[[], int]
+    refill: Callable[[int], int]
 
     def run(self) -> Tensor:
         """As in the base class."""
         return self.forward()
 
-    def change(self) -> int:
+    def change(self, turn: int) -> int:
         """As in the base class."""
-        return self.refill()
+        return self.refill(turn)
 
     def compare(self, outcome: Tensor, rows: int) -> None:
         """States of half precision, relative to the largest number in each."""
         found, wanted = outcome[:rows].float(), self.forward()[:rows].float()
-        scale = wanted.abs().amax(-1, keepdim=True)
+        scale = wanted.abs().amax(-1, keepdim=True).clamp(min=1e-6)
         check_close(found / scale, wanted / scale, f"{len(outcome)} tokens")
 
 
@@ -404,7 +410,7 @@ class TokenForward(Captured):
         hidden: Tensor = self.worker.forward(self.fill(placed, token_ids, rotary), self.backend)
         return hidden
 
-    def make_step(self, fixed: Fixed, change: Callable[[], int]) -> Step:
+    def make_step(self, fixed: Fixed, change: Callable[[int], int]) -> TokenStep:
         """As in the base class."""
         return TokenStep(fixed, lambda: self._forward(fixed.placed, fixed.token_ids.view(-1), fixed.rotary), change)
 

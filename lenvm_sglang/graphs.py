@@ -60,17 +60,19 @@ class Step(ABC):
 
     Attributes:
         fixed: the memory that it reads, filled with something that can be computed.
+        turns: how often it is compared, on something else each time.
     """
 
     fixed: Fixed
+    turns: int = 1
 
     @abstractmethod
     def run(self) -> Any:
         """Do it; the outcome is tensors."""
 
     @abstractmethod
-    def change(self) -> int:
-        """Fill the memory with something else, and fewer rows; gives their number."""
+    def change(self, turn: int) -> int:
+        """Fill the memory with something else in each turn from 1 on, and fewer rows; gives their number."""
 
     @abstractmethod
     def compare(self, outcome: Any, rows: int) -> None:
@@ -166,9 +168,10 @@ def make_graphs(
     # what a host does at the end of its recording is done, and each has seen what the others did to their memory
     for size, graph in made.items():
         try:
-            rows = graph.step.change()
-            graph.replay()
-            graph.step.compare(graph.outcome, rows)
+            for turn in range(1, graph.step.turns + 1):
+                rows = graph.step.change(turn)
+                graph.replay()
+                graph.step.compare(graph.outcome, rows)
         except Exception as error:
             failed[size] = error
     return Graphs({size: graph for size, graph in made.items() if size not in failed}), failed

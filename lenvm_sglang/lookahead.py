@@ -91,6 +91,9 @@ class LookaheadWorker(ValueWorker):
         if not runs(self._probe):
             self.tokens = self.sequences
         self.make_graphs(self.tokens)
+        if isinstance(self.tokens, TokenForward) and not self.tokens.graphs:
+            # one token shares its prefix with nobody: only graphs speak for our kernel
+            self.tokens = self.sequences
 
     def _probe(self) -> None:
         """What the host's attention can do is known; ours reads a token behind a short prefix."""

@@ -12,7 +12,7 @@ inside a bin is a triangle over the centres beside it (`lenvm.bins`), and the su
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -162,7 +162,8 @@ def hard_choice(kept, stop, raw, token, z, wanted, mode):
     return best & (token == tl.min(tl.where(best, token, NO_TOKEN), 0))
 
 
-@triton.jit(do_not_specialize=["K", "R"])  # a kernel for each size of a graph would take long to compile
+# a kernel for each number of rows would take long to compile
+@triton.jit(do_not_specialize=["K", "R"], do_not_specialize_on_alignment=["SLOT", "CHOSEN", "STATS", "STATUS"])
 def tilt_sample_kernel(
     LOG_P, TOKEN, STOP, Z, LOG_Q, CENTRE, MEAN, DECAY,
     MODE, CONTROL, TARGET, EMITTED, SHARPNESS, TOLERANCE, BIAS, SEED, GREEDY,
@@ -296,9 +297,10 @@ def tilt_sample_kernel(
     tl.store(STATUS + row, bits.to(tl.int32))
 
 
-@lru_cache(maxsize=16)
+@cache
 def _tables(centres: tuple[int, ...], gamma: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Centres [B] float64, bin means [B] float32, |ln gamma| [1] float64 on the device; made once."""
+    """Centres [B] float64, bin means [B] float32, |ln gamma| [1] float64 on the device; made once, and kept, because a
+    CUDA graph goes on reading them."""
     decay = torch.tensor([decay_nats(gamma)], dtype=torch.float64, device=device)
     if not centres:
         return decay, decay.float(), decay
@@ -334,6 +336,7 @@ def tilt_sample(
     memory = None if into is None else into.results
     if memory is None:
         memory = torch.empty(WORDS, rows, dtype=torch.int64, device=device)
+    assert memory.shape == (WORDS, rows), "the kernel finds the statistics by R"
     sample = TiltSample.in_memory(out, memory)
     slot = sample.slot
     g = guidance

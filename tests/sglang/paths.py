@@ -99,11 +99,7 @@ def main() -> None:
     if "unfit" in words:
         mock.patch.object(SharedPrefixBackend, "attend", side_effect=AttentionError("the model asks for more")).start()
     engine = InProcess(Path(base), Path(lenvm), flags, most=16)
-    if "broken" in words:
-        raises_for_one(engine)
-        print(json.dumps(ask(engine, range(STEERED))))
-        return
-    if set(words) - {"few", "images", "unfit"}:
+    if set(words) - {"few", "images", "unfit", "broken"}:
         engine.worker.waits_for_nobody = False
         if "parts" in words:
             forwards.VIRTUAL_ROWS = 40
@@ -121,10 +117,17 @@ def main() -> None:
             with mock.patch("sglang.srt.managers.mm_schedule.embedding_cache", None):
                 reader.capture(again)
             assert len(reader.graphs) == len(buckets(worker.request_rows, reader.widths))
-        if "graphs" in words and worker.ahead is None:
-            with mock.patch.object(processor, "tilt_sample") as launched:
+            with (
+                mock.patch.object(processor, "tilt_sample", wraps=processor.tilt_sample) as launched,
+                mock.patch.object(reader, "bring", wraps=reader.bring) as brought,
+            ):
                 ask(engine, [0, STEERED - 1], 3)
-            assert not launched.called, "a token was drawn outside the graph"
+            assert brought.called, "no graph was replayed"
+            assert worker.ahead is not None or not launched.called, "a token was drawn outside the graph"
+    if "broken" in words:
+        raises_for_one(engine)
+        print(json.dumps(ask(engine, range(STEERED))))
+        return
     print(json.dumps(few(engine) if "few" in words else answers(engine)))
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.inprocess import again
-from lenvm.guidance import Scores
+from lenvm.guidance import Control, Scores
 from lenvm.request import LengthRequest
 from lenvm_kernels import WORDS, TiltSample
 from lenvm_sglang.attention import AttentionError
@@ -24,6 +25,7 @@ from lenvm_sglang.graphs import (
     MOST_CANDIDATES,
     MOST_ROWS,
     Fixed,
+    Graph,
     GraphError,
     Record,
     Recorded,
@@ -73,7 +75,7 @@ def make(rows: int, width: int) -> ValueStep:
         slot = scores.z.argmax(-1)
         return TiltSample(scores.z, slot, fixed.token_ids.gather(1, slot[:, None])[:, 0]).moved(step.drawing.results)
 
-    def refill() -> int:
+    def refill(turn: int) -> int:
         fixed.token_ids.add_(3)
         return max(rows - 1, 1)
 
@@ -156,6 +158,42 @@ def test_a_graph_that_says_something_else_is_left_out() -> None:
     assert "2 x 3 candidates draws with another token_id than its scores call for" in str(failed[2, 3])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 6, 8])
+def test_each_graph_is_compared_under_every_control(rows: int) -> None:
+    seen: set[int] = set()
+    worker: Any = SimpleNamespace(request_rows=17, sees_images=False, vocabulary=99, pool=None, chosen=None, widths=[3])
+    table = RowTable(17, "cpu")
+    worker.places = SimpleNamespace(scratch=torch.arange(17 * 3).view(17, 3), table=table)
+    worker.base = SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(17, 9, dtype=torch.int32)))
+    forward = FusedForward(worker)
+    with table.made_up():
+        step = forward._step(rows, 3)
+        for turn in range(1, step.turns + 1):
+            count = step.change(turn)
+            seen |= set(table.rules().guidance.control[step.fixed.placed.pool_rows[:count]].tolist())
+    assert seen == set(map(int, Control))
+    assert not table.ints.any()
+
+
+def test_a_graphs_draw_is_that_of_the_candidates_in_its_memory() -> None:
+    worker: Any = SimpleNamespace(pool=None, base=SimpleNamespace(req_to_token_pool=None), widths=[3])
+    forward, step = FusedForward(worker), make(4, 3)
+    step.fixed.token_ids.copy_(torch.arange(12).view(4, 3))
+    graph = Graph(step, lambda: None, step.run())
+    step.drawing.results[2:4].view(torch.float32)[0, :4] = torch.tensor([1.5, 2.5, 3.5, 4.5])  # lengths
+    place: Any = SimpleNamespace(states=[None] * 2)
+    here = step.candidates(2)
+    forward._replayed = graph
+    sample = forward.drawn(place, here)
+    assert sample is not None and sample.length is not None
+    step.drawing.results.zero_()  # by the next step
+    assert sample.token_id.tolist() == [2, 5]
+    assert sample.length.tolist() == [1.5, 2.5]
+    assert forward.drawn(place, here) is None  # once
+    forward._replayed = graph
+    assert forward.drawn(place, replace(here, log_p=here.log_p.clone())) is None
+
+
 @pytest.mark.parametrize(("off", "left"), [(0.0, 1), (0.001, 1), (0.1, 0)])
 def test_states_are_compared_by_the_largest_number_in_them(off: float, left: int) -> None:
     fixed, states = Fixed.empty(4, 1, False, CPU), torch.randn(4, 8) * 50
@@ -166,7 +204,9 @@ def test_states_are_compared_by_the_largest_number_in_them(off: float, left: int
     def recorder() -> Iterator[Record]:
         yield lambda step: ((lambda: found[1].add_(off * 200)), found)
 
-    graphs, failed = make_graphs(lambda rows, width: TokenStep(fixed, lambda: states, lambda: 3), [(4, 1)], recorder)
+    graphs, failed = make_graphs(
+        lambda rows, width: TokenStep(fixed, lambda: states, lambda turn: 3), [(4, 1)], recorder
+    )
     assert len(graphs) == left
     if failed:
         assert "the graph of 4 tokens differs from its forward by 0.1" in str(failed[4, 1])

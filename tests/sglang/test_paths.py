@@ -43,6 +43,9 @@ def test_the_path_of_a_gpu_gives_the_same_answers(kind: str, tmp_path: Path) -> 
         broken, whole = answers(pair / "base", lenvm, "broken"), cpu[len(ASKED) :][:STEERED]
         assert len(broken.pop(BROKEN)) == 1 < len(whole.pop(BROKEN))
         assert broken == whole
+        again = answers(pair / "base", lenvm, "broken", "graphs", TRITON_INTERPRET="1")
+        assert len(again.pop(BROKEN)) == 1
+        assert again == whole
         assert answers(pair / "base", lenvm, "parts") == cpu
         few = answers(pair / "base", lenvm, "few")
         assert answers(pair / "base", lenvm, "fused", "few", TRITON_INTERPRET="1") == few
