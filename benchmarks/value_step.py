@@ -310,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
                 graphs = engine.worker.candidates.graphs
                 if graphs is None or without != [answers(engine, kind) for kind in FIELDS]:
                     raise SystemExit("value_step: no CUDA graphs, or they give different tokens; see the log.")
-                print(f"{len(graphs)} CUDA graphs of the value forward; same tokens without them")
+                print(f"{len(graphs)} CUDA graphs of the value step; same tokens without them")
         elif not options.pair:
             said = [answers(engine, kind) for kind in FIELDS]
             from lenvm_sglang.fused import FusedForward

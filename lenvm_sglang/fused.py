@@ -146,8 +146,8 @@ class Captured(ABC):
 
     @contextmanager
     def _made_up_prefixes(self) -> Iterator[None]:
-        """Before anything is served: prefixes of tokens with random KV in the request table, and rows of every rule,
-        taken away afterwards."""
+        """Before anything is served: prefixes of tokens with random KV in the request table, and rows of every control
+        and mode, taken away afterwards."""
         table, pool = self.worker.base.req_to_token_pool.req_to_token, self.worker.pool
         caches = [*pool.k_buffer, *pool.v_buffer]
         slots = min(_PREFIX_SLOTS, self.worker.base.token_to_kv_pool.size)
